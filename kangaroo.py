@@ -1,0 +1,493 @@
+"""Kangaroo: lossless self-speculative decoding with two early exits (Liu et al., NeurIPS 2024, arXiv 2404.18911).
+
+    prompt ids -> prefill -> (draft -> verify -> commit)* -> ids
+
+The first ℓ layers of the model, a small adapter and the model's own LM head draft tokens one by one (first early exit);
+drafting stops as soon as the draft is unsure (second early exit). The remaining layers then verify all drafted tokens in
+one pass that resumes from the hidden states which the first ℓ layers have already computed.
+
+The output equals vanilla decoding bit for bit, greedy and sampled: see `one_shape` and `Sampler` in `llama.py`.
+
+**One fact carries all state: `ids`, the committed tokens.** Between rounds every cache is valid for the positions
+0 … len(ids) − 2; the last committed token has not been run yet. Undoing a rejected draft is therefore no work at all.
+
+Left out on purpose: batches, trees. Read first `generate`, then `KangarooDrafter.draft`; then `train_adapter.py`.
+"""
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from llama import (Attention, KVCache, LlamaConfig, RMSNorm, Rows, Sampler, UserError, build, find_nonfinite, load_llama,
+                   load_weights, one_shape, pack, read_json, room_for_draft, rows_are_alike, safetensors_entries)
+from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template, render_chat
+
+# The paper's γ and η, and the rows of a step: room for the last committed token and up to 7 drafted ones.
+STEPS, THRESHOLD, WIDTH = 6, 0.6, 8
+PREFILL_ROWS = 256  # rows of a prompt that run at once
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+@dataclass
+class Draft:
+    """n proposed tokens to follow the last committed one."""
+    tokens: list          # n ids
+    hidden: torch.Tensor  # (1, 1 + n, hidden_size): last committed token and proposals, before layer `drafter.depth`
+    confidence: list = field(default_factory=list)  # top-1 probability of the distribution that each token came from
+
+
+@dataclass
+class Round:
+    """What one verification committed: the accepted part of the draft and, unless that ended the text, one token more."""
+    tokens: list
+    accepted: int  # how many of `tokens` were drafted
+    draft: Draft
+
+
+class Adapter(nn.Module):
+    """norm → attention → residual → norm on the states of the exit layer; no MLP. The target's own LM head follows."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config  # a LlamaConfig with num_hidden_layers = 1
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, positions, cache=None):
+        rows = Rows.at(self.config, positions, x, cache)
+        return self.norm(x + self.self_attn(self.input_layernorm(x), rows, cache))
+
+
+class NoDrafter:
+    """Proposes nothing, which makes `generate` vanilla decoding. A drafter is these two methods and `depth`."""
+    depth = 0  # how many of the target's layers it has run on the states that it hands over
+
+    def __init__(self, model):
+        self.model = model
+
+    def prefill(self, ids, cache):
+        """All prompt tokens but the last -> their states (1, T, hidden_size) before layer `depth`."""
+        return self.model.embed(ids)
+
+    def draft(self, ids, n_max, cache):
+        """At most n_max tokens to follow the committed `ids`."""
+        return Draft([], self.model.embed(ids[-1:]))
+
+
+class PromptLookupDrafter(NoDrafter):
+    """Proposes what followed the latest earlier occurrence of the last `ngram` tokens. No layer runs."""
+    ngram = 2
+
+    def draft(self, ids, n_max, cache):
+        key = ids[-self.ngram:]
+        found = next((i for i in range(len(ids) - self.ngram - 1, -1, -1) if ids[i:i + self.ngram] == key), len(ids))
+        tokens = ids[found + self.ngram:][:n_max]
+        return Draft(tokens, self.model.embed(ids[-1:] + tokens))
+
+
+class KangarooDrafter:
+    """Drafts with the first `exit_layer` layers, the adapter and the target's LM head; serves one call of `generate`."""
+
+    def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, sampler=None, width=WIDTH):
+        self.model, self.adapter, self.depth = model, adapter, exit_layer
+        self.threshold, self.sampler, self.width = threshold, sampler or Sampler(), width
+
+    def prefill(self, ids, cache):
+        config, like = self.adapter.config, self.model.norm.weight
+        self.cache = KVCache.zeros(config, config.num_hidden_layers, cache.length, like)
+        self.states = like.new_zeros(1, cache.length, config.hidden_size)  # exit-layer states, by position
+        self.seen = len(ids)  # the adapter's cache is valid for positions < seen
+        h = in_chunks(partial(self.model.run_layers, first=0, last=self.depth), self.model.embed(ids), cache)
+        in_chunks(self.adapter, h, self.cache)
+        return h
+
+    def draft(self, ids, n_max, cache):
+        start = len(ids) - 1
+        self.seen = min(self.seen, start)  # what the adapter saw of rejected tokens is forgotten
+        tokens, confidence, token = [], [], ids[-1:]
+        while True:
+            position = start + len(tokens)
+            x = one_shape(self.model.embed(token), position, cache, self.width)
+            self.states[:, position] = self.model.run_layers(*x, 0, self.depth)[:, 0]  # first early exit
+            # Second early exit: the token that fell below the threshold is chosen already, so it is verified too.
+            if len(tokens) == n_max or (tokens and confidence[-1] <= self.threshold):
+                return Draft(tokens, self.states[:, start:position + 1], confidence)
+            logits = self.model.lm_head(self.adapt(position + 1))  # (1, vocab_size)
+            token = self.sampler.choose(logits, position + 1)
+            probability = (logits.double() / (self.sampler.temperature or 1)).softmax(-1).max(-1).values
+            drafted, sure = torch.cat((token.double(), probability)).tolist()  # one host sync
+            tokens.append(int(drafted)), confidence.append(sure)
+
+    def adapt(self, end):
+        """Run the adapter on the positions < end that it has not seen; its state (1, hidden_size) at end − 1.
+
+        That is one position, or after a fully accepted draft two: the last drafted token was run but never drafted from.
+        """
+        while self.seen < end:
+            rows = self.states[:, self.seen:min(end, self.seen + self.width)]
+            x = self.adapter(*one_shape(rows, self.seen, self.cache, self.width))
+            self.seen += rows.shape[1]
+        return x[:, rows.shape[1] - 1]
+
+
+def in_chunks(run, x, cache):
+    """Run a prompt's rows x (1, T, d) from position 0 on, a bounded number at a time; returns (1, T, d)."""
+    chunks = []
+    for start in range(0, x.shape[1], PREFILL_ROWS):
+        chunk = x[:, start:start + PREFILL_ROWS]
+        end = start + chunk.shape[1]
+        chunks.append(run(chunk, torch.arange(start, end, device=x.device), cache.view(end)))
+    return torch.cat(chunks, dim=1) if chunks else x
+
+
+@torch.inference_mode()
+def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, eos=(), width=WIDTH, cache=None):
+    """Yield a Round for every verification, until `max_new_tokens`, a token of `eos`, or the end of the context.
+
+    prompt is a list of at least one token id; `steps` is γ, the most tokens drafted in a round. With any drafter, γ and
+    exit layer the tokens are those of NoDrafter for the same width. Host syncs: one a round, one a drafted token.
+    """
+    ids, n_layers, sampler = list(prompt), len(model.layers), sampler or Sampler()
+    end = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
+    cache = cache or KVCache.zeros(model.config, n_layers, end + width, model.norm.weight)
+    h = drafter.prefill(ids[:-1], cache)
+    in_chunks(partial(model.run_layers, first=drafter.depth, last=n_layers), h, cache)
+    while len(ids) < end:
+        start = len(ids) - 1  # the position of the last committed token, which has not been run yet
+        draft = drafter.draft(ids, min(steps, end - len(ids) - 1, room_for_draft(start, width)), cache)
+        # Verify: the remaining layers, in one pass over the last committed token and all drafted ones.
+        h = model.run_layers(*one_shape(draft.hidden, start, cache, width), drafter.depth, n_layers)
+        logits = model.logits(h)[0, :len(draft.tokens) + 1]
+        choices = sampler.choose(logits, start + 1)  # what the target itself would say after each of them
+        top = logits.gather(1, choices[:, None])[:, 0]  # NaN and infinity win every comparison, so here they show
+        choices, finite = torch.stack((choices, top.isfinite())).tolist()  # one host sync
+        if not all(finite):
+            raise UserError(f"NaN or infinite values come out of {find_nonfinite(model, ids)}: "
+                            f"damaged weights, or too large for {logits.dtype} (see --dtype)")
+        accepted = next((i for i, token in enumerate(draft.tokens) if token != choices[i]), len(draft.tokens))
+        new = choices[:accepted + 1]  # the accepted prefix equals the target's choices; one more is the target's own
+        new = new[:next((i for i, token in enumerate(new) if token in eos), len(new)) + 1]
+        ids += new  # commit; the cache rows of rejected tokens are overwritten by the next round
+        yield Round(new, min(accepted, len(new)), draft)
+        if new[-1] in eos:
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters on disk
+
+def load_adapter(folder, model, exit_layer=None):
+    """(adapter, its config.json as a dict with `exit_layer`) for this target; UserError if it does not fit.
+
+    Reads config.json with adapter.safetensors, or with pytorch_model.bin as the published Kangaroo adapters have it.
+    `exit_layer` overrides the config's. The name "random" gives an untrained adapter, to test with.
+    """
+    target, dtype, device = model.config, model.norm.weight.dtype, model.norm.weight.device
+    if str(folder) == "random":
+        config, data = replace(target, num_hidden_layers=1), {"exit_layer": min(2, target.num_hidden_layers - 1)}
+    else:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, --adapter wants one with config.json and adapter.safetensors")
+        config, data = LlamaConfig.load(folder), read_json(folder / "config.json")
+    for name in ("hidden_size", "num_attention_heads", "head_dim", "vocab_size"):
+        if getattr(config, name) != getattr(target, name):
+            raise UserError(f"{folder}: the adapter has {name} = {getattr(config, name)}, the model {getattr(target, name)}")
+    exit_layer = data.get("exit_layer") if exit_layer is None else exit_layer
+    if exit_layer is None:
+        raise UserError(f"{folder / 'config.json'}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 for 13B)")
+    if not isinstance(exit_layer, int) or not 0 <= exit_layer < target.num_hidden_layers:
+        raise UserError(f"exit layer {exit_layer!r}: must be at least 0 and below the model's {target.num_hidden_layers} layers")
+    adapter = build(Adapter, config, device, dtype)
+    if str(folder) == "random":
+        generator = torch.Generator().manual_seed(0)
+        for p in adapter.parameters():  # norms are ones, matrices keep the size of what passes through
+            noise = torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
+            p.copy_(noise if p.dim() > 1 else torch.ones_like(p))
+    else:
+        load_weights(adapter, adapter_entries(folder), folder)
+    return adapter.eval(), {**data, "exit_layer": exit_layer}
+
+
+def adapter_entries(folder):
+    """{name: (shape, function that reads the tensor)} of an adapter folder, named as in `Adapter`."""
+    entries, pickled = {}, folder / "pytorch_model.bin"
+    if (folder / "adapter.safetensors").exists() or not pickled.exists():
+        entries = safetensors_entries(folder / "adapter.safetensors")
+    else:
+        try:
+            state = torch.load(pickled, map_location="cpu", weights_only=True)
+            entries = {name: (tensor.shape, lambda tensor=tensor: tensor) for name, tensor in state.items()}
+        except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
+            raise UserError(f"{pickled}: not a file of tensors ({str(e).splitlines()[0]})") from None
+    return {k.removeprefix("layers.0."): v for k, v in entries.items() if not k.endswith("rotary_emb.inv_freq")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+DEFAULT_MODEL = Path(__file__).parent / "models" / "stories"
+NO_DEFAULT_MODEL = (
+    f"{DEFAULT_MODEL}: the default model is not in this clone yet. Get one and name it:\n"
+    "  pip install tokenizers huggingface_hub\n"
+    "  hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n"
+    '  python kangaroo.py --model smollm2 --adapter random --prompt "What is a kangaroo?"')
+
+
+def parse_arguments(argv):
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    parser = Parser(
+        prog="kangaroo.py", usage="python kangaroo.py [options] --prompt TEXT", add_help=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=23, width=110),
+        description="Decode a Llama with Kangaroo's self-speculation; the output is that of vanilla decoding, bit for bit.")
+    add = parser.add_argument
+    add("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
+    add("--prompts", metavar="FILE", help="instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's `turns` (the first)")
+    add("--model", metavar="DIR", help="a Hugging Face folder (default: models/stories)")
+    add("--adapter", metavar="DIR", help="the adapter's folder, or `random` (default: the folder `adapter` in the model's)")
+    add("--drafter", default="kangaroo", choices=("kangaroo", "lookup", "none"), help="who drafts; none is vanilla decoding (default: %(default)s)")
+    add("--max-new-tokens", metavar="N", type=int, default=128, help="stop after this many tokens (default: %(default)s)")
+    add("--exit-layer", metavar="ℓ", type=int, help="layers that draft (default: the adapter's)")
+    add("--steps", metavar="γ", type=int, help=f"the most tokens drafted in a round, 0 … width − 1 (default: the adapter's, or {STEPS})")
+    add("--threshold", metavar="η", type=float, help=f"stop drafting at this top-1 probability, 0 … 1 (default: the adapter's, or {THRESHOLD})")
+    add("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens, 0 is off (default: %(default)s)")
+    add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens of total probability P (default: %(default)s)")
+    add("--seed", metavar="S", type=int, default=0, help="of the sampling noise (default: %(default)s)")
+    add("--chat", metavar="NAME", help=f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model folder's, or none)")
+    add("--dtype", metavar="TYPE", help="float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
+    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    add("--width", metavar="W", type=int, default=WIDTH, help="rows of a step; 1 with --drafter none is the plain baseline (default: %(default)s)")
+    add("--compare", action="store_true", help="decode vanilla too; say whether the ids are identical (exit 1 if not) and the speedup")
+    add("--json", action="store_true", help="write one JSON object a prompt and nothing else to standard output")
+    add("-h", "--help", action="help", help="show this text")
+    args = parser.parse_args(argv)
+    for fits, message in (
+            ((args.prompt is None) != (args.prompts is None), "give one of --prompt TEXT and --prompts FILE (see --help)"),
+            (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least 1"),
+            (args.width >= 1, f"--width {args.width}: must be at least 1"),
+            (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
+            (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too")):
+        if not fits:
+            raise UserError(message)
+    return args
+
+
+def read_prompts(args):
+    """The prompts as a list of strings, none of them empty."""
+    if args.prompt is not None:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        if not prompt.strip():
+            raise UserError("the prompt is empty, --prompt wants some text")
+        return [prompt]
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts {args.prompts}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    lines = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {args.prompts}: holds no prompt")
+    if not (args.prompts.endswith(".jsonl") or lines[0][1].startswith("{")):
+        return [line for _, line in lines]
+    return [json_prompt(line, f"{args.prompts}:{i}") for i, line in lines]
+
+
+def json_prompt(line, where):
+    try:
+        entry = json.loads(line)
+    except ValueError as e:
+        raise UserError(f"{where}: not valid JSON ({e})") from None
+    prompt = entry.get("prompt") or (entry.get("turns") or [None])[0] if isinstance(entry, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: wants an object with a text `prompt`, or `turns` whose first is a text")
+    return prompt
+
+
+def pick_device_and_dtype(args):
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {args.device}: no such device, choose cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: not supported, choose cpu or cuda")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UserError(f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    fast = device.type == "cuda" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = args.dtype or ("bfloat16" if fast else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: not supported, choose float32, bfloat16 or float16")
+    return device, getattr(torch, dtype)
+
+
+class Decoder:
+    """All that the command line needs to decode prompts one after another: model, adapter, tokenizer, settings."""
+
+    def __init__(self, args):
+        self.args, self.sampler = args, Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+        folder = Path(args.model) if args.model else DEFAULT_MODEL
+        if not args.model and not folder.is_dir():
+            raise UserError(NO_DEFAULT_MODEL)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, --model wants one with config.json and *.safetensors")
+        device, dtype = pick_device_and_dtype(args)
+        self.chat, self.template = find_chat_template(folder, args.chat)
+        self.tokenizer = Tokenizer(folder, LlamaConfig.load(folder))
+        self.model = load_llama(folder, device, dtype)
+        self.adapter, facts = None, {}
+        if args.drafter == "kangaroo":
+            where = args.adapter or folder / "adapter"
+            if not args.adapter and not where.is_dir():
+                raise UserError(f"no adapter for {folder}: give --adapter DIR (or `random`), or --drafter lookup or none")
+            self.adapter, facts = load_adapter(where, self.model, args.exit_layer)
+            self.exit_layer = facts["exit_layer"]
+        self.steps = args.steps if args.steps is not None else min(facts.get("steps", STEPS), args.width - 1)
+        self.threshold = args.threshold if args.threshold is not None else facts.get("threshold", THRESHOLD)
+        if not 0 <= self.steps < args.width:
+            raise UserError(f"--steps {self.steps}: must be from 0 to {args.width - 1}, one less than --width {args.width}")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"--threshold {self.threshold}: must be in [0, 1]")
+        for module in (self.model, self.adapter):
+            if module is not None:
+                pack(module, args.width)
+        exact = args.width == 1 or rows_are_alike(self.model, args.width)
+        if not exact:
+            print(f"warning: {device} does not treat the rows of a {dtype} step of width {args.width} alike, "
+                  "so the output may differ from vanilla decoding", file=sys.stderr)
+        drafter = f"exit layer {self.exit_layer}, γ {self.steps}, η {self.threshold:g}" if self.adapter else args.drafter
+        self.settings = (f"{folder.name} · {device} · {str(dtype).removeprefix('torch.')} · chat template {self.chat} · "
+                         f"drafter {drafter} · width {args.width}")
+
+    def encode(self, prompt):
+        text = render_chat(self.template, [prompt])
+        ids, context = self.tokenizer.encode(text), self.model.config.max_position_embeddings
+        if not 0 < len(ids) < context:
+            raise UserError(f"the prompt has {len(ids)} tokens, it must have from 1 to {context - 1} "
+                            f"(max_position_embeddings {context})")
+        return ids
+
+    def rounds(self, ids, drafter, max_new_tokens=None):
+        """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
+        args, model = self.args, self.model
+        if drafter == "kangaroo":
+            drafter = KangarooDrafter(model, self.adapter, self.exit_layer, self.threshold, self.sampler, args.width)
+        else:
+            drafter = {"lookup": PromptLookupDrafter, "none": NoDrafter}[drafter](model)
+        rounds = generate(model, drafter, ids, max_new_tokens or args.max_new_tokens, self.steps, self.sampler,
+                          model.config.eos_token_ids, args.width)
+        while True:
+            begin = time.perf_counter()
+            round_ = next(rounds, None)
+            if round_ is None:
+                return
+            yield round_, time.perf_counter() - begin
+
+    def decode(self, ids, show=lambda text, drafted: None):
+        """Decode ids, calling show(text, whether it was drafted) as text comes; returns what --json prints."""
+        stream = TextStream(self.tokenizer, ids)
+        result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [], "accepted": [], "seconds": 0.0}
+
+        def put(text, drafted):
+            if not result["text"] and self.chat != "none":
+                text = text.lstrip()  # an answer begins with its first word
+            result["text"] += text
+            show(text, drafted)
+
+        for round_, seconds in self.rounds(ids, self.args.drafter):
+            result["seconds"] += seconds
+            result["rounds"] += 1
+            result["ids"] += round_.tokens
+            result["drafted"].append(len(round_.draft.tokens))
+            result["accepted"].append(round_.accepted)
+            for i, token in enumerate(round_.tokens):
+                if token not in self.model.config.eos_token_ids:
+                    put(stream.push(token), i < round_.accepted)
+        put(stream.flush(), False)
+        return result
+
+    def decode_vanilla(self, ids):
+        """What --compare adds: vanilla decoding of the same prompt."""
+        rounds = list(self.rounds(ids, "none"))
+        return {"vanilla_ids": [token for round_, _ in rounds for token in round_.tokens],
+                "vanilla_seconds": sum(seconds for _, seconds in rounds)}
+
+
+def summary(results):
+    """One line on all prompts: tokens, speed, compression rate, acceptance by position, and what --compare found."""
+    tokens, seconds = sum(len(r["ids"]) for r in results), sum(r["seconds"] for r in results)
+    rounds = [pair for r in results for pair in zip(r["drafted"], r["accepted"])]
+    parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s",
+             f"compression rate {tokens / len(rounds):.2f}"]
+    if any(drafted for drafted, _ in rounds):
+        reached = [[a >= w for d, a in rounds if d >= w] for w in range(1, max(d for d, _ in rounds) + 1)]
+        parts.append("accepted by draft position " + " ".join(f"{statistics.mean(hits):.0%}" for hits in reached))
+    if "identical" in results[0]:
+        same = sum(r["identical"] for r in results)
+        ratio = statistics.median(r["vanilla_seconds"] / r["seconds"] for r in results)
+        parts.append(f"{same} of {len(results)} identical to vanilla, speedup {ratio:.2f}")
+    return " · ".join(parts)
+
+
+def run(args):
+    """Decode all prompts and print; returns the exit status."""
+    prompts = read_prompts(args)
+    decoder = Decoder(args)
+    all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
+    print(decoder.settings, file=sys.stderr)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
+
+    def show(text, drafted):
+        if text:
+            print(green + text + plain if drafted else text, end="", flush=True)
+
+    results = []
+    for i, (prompt, ids) in enumerate(zip(prompts, all_ids)):
+        if args.compare and i == 0:  # the first pass over a shape compiles kernels: not the fault of whoever comes first
+            for drafter in (args.drafter, "none"):
+                list(decoder.rounds(ids, drafter, max_new_tokens=8))
+        vanilla = decoder.decode_vanilla(ids) if args.compare and i % 2 else {}
+        if not args.json and (decoder.chat == "none" or len(prompts) > 1):
+            print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
+        result = decoder.decode(ids, (lambda text, drafted: None) if args.json else show)
+        if args.compare:
+            result |= vanilla or decoder.decode_vanilla(ids)
+            result["identical"] = result["ids"] == result["vanilla_ids"]
+        print(json.dumps(result) if args.json else "\n" * (1 + (len(prompts) > 1 and i + 1 < len(prompts))), end="\n" if args.json else "", flush=True)
+        results.append(result)
+    print(summary(results), file=sys.stderr if args.json else sys.stdout)
+    return 0 if all(r.get("identical", True) for r in results) else 1
+
+
+def main(argv=None):
+    try:
+        return run(parse_arguments(argv))
+    except UserError as e:
+        print(f"kangaroo.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

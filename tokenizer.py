@@ -1,0 +1,160 @@
+"""Text on one side, token ids on the other: the tokenizer, chat templates, and streaming. Decoding itself never sees text.
+
+A model folder brings `tokenizer.model` (sentencepiece) or `tokenizer.json` (needs the optional package `tokenizers`).
+Chat templates are the five common ones by name; the Jinja programs in tokenizer_config.json are recognised, not run.
+"""
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sentencepiece import SentencePieceProcessor
+
+from llama import UserError, read_json
+
+
+class ChatTemplate(NamedTuple):
+    """`prefix` opens the conversation; `user` and `assistant` wrap a turn; `marker` betrays the template in a folder."""
+    marker: str
+    prefix: str
+    user: str
+    assistant: str
+
+
+CHAT_TEMPLATES = {
+    "chatml": ChatTemplate("<|im_start|>", "", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>\n"),
+    "llama3": ChatTemplate(
+        "<|start_header_id|>", "",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{}<|eot_id|>"),
+    "zephyr": ChatTemplate("<|assistant|>", "", "<|user|>\n{}</s>\n<|assistant|>\n", "{}</s>\n"),
+    "llama2": ChatTemplate("[INST]", "", "[INST] {} [/INST]", " {} </s><s>"),
+    "vicuna": ChatTemplate(
+        "USER:", "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. ", "USER: {} ASSISTANT:", " {}</s>"),
+    "none": ChatTemplate("", "", "{}", "{}"),
+}
+
+
+def find_chat_template(folder, name=None):
+    """(name, ChatTemplate): the one called `name`, else the one that the model folder's own metadata shows."""
+    if name is not None and name not in CHAT_TEMPLATES:
+        raise UserError(f"--chat {name}: no such template, choose from {', '.join(CHAT_TEMPLATES)}")
+    config, jinja = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
+    source = read_json(config).get("chat_template") if config.exists() else None
+    if isinstance(source, list):  # several named templates
+        source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+    if jinja.exists():
+        source = jinja.read_text(encoding="utf-8")
+    source = source if isinstance(source, str) else ""
+    name = name or next((n for n, t in CHAT_TEMPLATES.items() if t.marker and t.marker in source), "none")
+    template = CHAT_TEMPLATES[name]
+    # A template may put a fixed system message before a conversation that has none (SmolLM2's does).
+    system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", source)
+    if name == "chatml" and system:
+        template = template._replace(prefix=f"<|im_start|>system\n{system[1]}<|im_end|>\n")
+    return name, template
+
+
+def render_chat(template, turns):
+    """Turns of user, assistant, user, … (the last is the user's) -> the text that the assistant continues."""
+    return template.prefix + "".join(
+        (template.assistant if i % 2 else template.user).format(turn) for i, turn in enumerate(turns))
+
+
+class Tokenizer:
+    """encode(text) -> ids, with the beginning-of-sequence token if the model wants it; decode(ids) -> text without
+    special tokens. Special tokens such as </s> are recognised in the text, as Hugging Face does."""
+
+    def __init__(self, folder, config):
+        folder = Path(folder)
+        path = folder / "tokenizer_config.json"
+        self.metadata = read_json(path) if path.exists() else {}
+        self.bos = config.bos_token_id
+        if (folder / "tokenizer.model").exists():
+            path = folder / "tokenizer.model"
+            size = self.load_sentencepiece(path, config)
+        elif (folder / "tokenizer.json").exists():
+            path = folder / "tokenizer.json"
+            size = self.load_tokenizers(path)
+        else:
+            raise UserError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
+        # Vocabularies are often padded to a round number, so that the matrix products are faster.
+        if config.vocab_size not in {-(-size // pad) * pad for pad in (1, 8, 16, 32, 64, 128, 256)}:
+            raise UserError(f"{path}: has {size} tokens, but config.json says vocab_size = {config.vocab_size}")
+
+    def load_sentencepiece(self, path, config):
+        def load(**options):
+            try:
+                processor = SentencePieceProcessor(model_file=str(path))
+            except (RuntimeError, OSError) as e:
+                raise UserError(f"{path}: not a sentencepiece model ({str(e).strip()})") from None
+            if options:
+                processor.override_normalizer_spec(**options)
+            return processor
+
+        # Text that follows a special token begins no word of its own, so it gets no space in front.
+        first, rest = load(), load(add_dummy_prefix=False)
+        special = {first.id_to_piece(i): i for i in (first.bos_id(), first.eos_id()) if i >= 0}
+        for i, token in (self.metadata.get("added_tokens_decoder") or {}).items():
+            if int(i) >= first.vocab_size() or token.get("special"):
+                special[token["content"]] = int(i)
+        self.bos = first.bos_id() if self.bos is None else self.bos
+        self.add_bos = self.metadata.get("add_bos_token", True)
+        split = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else re.compile("$^")
+
+        def encode(text):
+            ids = []
+            for i, part in enumerate(split.split(text)):
+                ids += [special[part]] if i % 2 else (rest if i else first).encode(part)
+            return ids
+
+        def decode(ids):
+            return first.decode([i for i in ids if i < first.vocab_size() and i not in special.values()])
+
+        self.encode_text, self.decode = encode, decode
+        return max([first.vocab_size() - 1, *special.values()]) + 1
+
+    def load_tokenizers(self, path):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{path}: reading it needs the package tokenizers: pip install tokenizers") from None
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the package raises plain Exception
+            raise UserError(f"{path}: not a tokenizer ({e})") from None
+        begin = tokenizer.encode("").ids  # what the tokenizer itself puts around a text
+        self.bos = begin[0] if begin and self.bos is None else self.bos
+        self.add_bos = self.metadata.get("add_bos_token", self.bos in begin)
+        self.encode_text = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.decode = lambda ids: tokenizer.decode(list(ids))
+        return tokenizer.get_vocab_size()
+
+    def encode(self, text):
+        ids = self.encode_text(text)
+        return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+
+
+class TextStream:
+    """Turns tokens into text as they come, and never shows half a character: a token may end in the middle of one.
+
+    Decodes a short window that starts at an earlier break, because the first token decoded loses its leading space.
+    """
+
+    def __init__(self, tokenizer, prompt_ids):
+        self.decode, self.ids = tokenizer.decode, list(prompt_ids)[-8:]
+        self.window, self.shown = 0, len(self.ids)  # decode from `window` on; tokens before `shown` have been shown
+
+    def push(self, token):
+        """The text that `token` completes, perhaps none."""
+        self.ids.append(token)
+        return self.flush(wait=True)
+
+    def flush(self, wait=False):
+        """The text not shown yet, whether or not its last character is complete."""
+        before = self.decode(self.ids[self.window:self.shown])
+        text = self.decode(self.ids[self.window:])
+        if wait and (text.endswith("\ufffd") or len(text) <= len(before)):
+            return ""
+        self.window, self.shown = self.shown, len(self.ids)
+        return text[len(before):]
