@@ -21,15 +21,34 @@ import pickle
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 import torch.nn as nn
 
-from llama import (Attention, KVCache, LlamaConfig, RMSNorm, Rows, Sampler, UserError, build, find_nonfinite, load_llama,
-                   load_weights, one_shape, pack, read_json, room_for_draft, rows_are_alike, safetensors_entries)
+from llama import (
+    Attention,
+    KVCache,
+    LlamaConfig,
+    RMSNorm,
+    Rows,
+    Sampler,
+    UserError,
+    build,
+    find_nonfinite,
+    load_llama,
+    load_weights,
+    one_shape,
+    pack,
+    read_json,
+    room_for_draft,
+    rows_are_alike,
+    safetensors_entries,
+)
 from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template, render_chat
 
 # The paper's γ and η, and the rows of a step: room for the last committed token and up to 7 drafted ones.
@@ -239,6 +258,7 @@ def adapter_entries(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
+DRAFTERS = {"kangaroo": KangarooDrafter, "lookup": PromptLookupDrafter, "none": NoDrafter}
 DEFAULT_MODEL = Path(__file__).parent / "models" / "stories"
 NO_DEFAULT_MODEL = (
     f"{DEFAULT_MODEL}: the default model is not in this clone yet. Get one and name it:\n"
@@ -256,30 +276,37 @@ def parse_arguments(argv):
         prog="kangaroo.py", usage="python kangaroo.py [options] --prompt TEXT", add_help=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=23, width=110),
         description="Decode a Llama with Kangaroo's self-speculation; the output is that of vanilla decoding, bit for bit.")
-    add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="the prompt; - reads standard input")
-    add("--prompts", metavar="FILE", help="instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's `turns` (the first)")
-    add("--model", metavar="DIR", help="a Hugging Face folder (default: models/stories)")
-    add("--adapter", metavar="DIR", help="the adapter's folder, or `random` (default: the folder `adapter` in the model's)")
-    add("--drafter", default="kangaroo", choices=("kangaroo", "lookup", "none"), help="who drafts; none is vanilla decoding (default: %(default)s)")
-    add("--max-new-tokens", metavar="N", type=int, default=128, help="stop after this many tokens (default: %(default)s)")
-    add("--exit-layer", metavar="ℓ", type=int, help="layers that draft (default: the adapter's)")
-    add("--steps", metavar="γ", type=int, help=f"the most tokens drafted in a round, 0 … width − 1 (default: the adapter's, or {STEPS})")
-    add("--threshold", metavar="η", type=float, help=f"stop drafting at this top-1 probability, 0 … 1 (default: the adapter's, or {THRESHOLD})")
-    add("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    add("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens, 0 is off (default: %(default)s)")
-    add("--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens of total probability P (default: %(default)s)")
-    add("--seed", metavar="S", type=int, default=0, help="of the sampling noise (default: %(default)s)")
-    add("--chat", metavar="NAME", help=f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model folder's, or none)")
-    add("--dtype", metavar="TYPE", help="float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
-    add("--device", metavar="DEV", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    add("--width", metavar="W", type=int, default=WIDTH, help="rows of a step; 1 with --drafter none is the plain baseline (default: %(default)s)")
-    add("--compare", action="store_true", help="decode vanilla too; say whether the ids are identical (exit 1 if not) and the speedup")
-    add("--json", action="store_true", help="write one JSON object a prompt and nothing else to standard output")
-    add("-h", "--help", action="help", help="show this text")
+
+    def option(name, metavar, text, default=None, **more):  # a default that depends on other things is told in the text
+        text += "" if default is None else f" (default: {default})"
+        parser.add_argument(name, metavar=metavar, default=default, help=text, **more)
+
+    greedy = Sampler()
+    option("--prompt", "TEXT", "the prompt; - reads standard input")
+    option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's `turns` (the first)")
+    option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
+    option("--adapter", "DIR", "the adapter's folder, or `random` (default: the folder `adapter` in the model's)")
+    option("--drafter", "NAME", "kangaroo, lookup, or none for vanilla decoding", "kangaroo")
+    option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
+    option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
+    option("--steps", "γ", f"the most tokens drafted in a round, below the width (default: the adapter's or {STEPS})", type=int)
+    option("--threshold", "η", f"stop drafting at this top-1 probability, 0 … 1 (default: the adapter's or {THRESHOLD})",
+           type=float)
+    option("--temperature", "T", "0 is greedy", greedy.temperature, type=float)
+    option("--top-k", "K", "sample from the K likeliest tokens, 0 is off", greedy.top_k, type=int)
+    option("--top-p", "P", "sample from the likeliest tokens of total probability P", greedy.top_p, type=float)
+    option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
+    option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model folder's, or none)")
+    option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
+    option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    option("--width", "W", "rows of a step; 1 with --drafter none is the plain baseline", WIDTH, type=int)
+    parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
+    parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
+    parser.add_argument("-h", "--help", action="help", help="show this text")
     args = parser.parse_args(argv)
     for fits, message in (
             ((args.prompt is None) != (args.prompts is None), "give one of --prompt TEXT and --prompts FILE (see --help)"),
+            (args.drafter in DRAFTERS, f"--drafter {args.drafter}: no such drafter, choose from {', '.join(DRAFTERS)}"),
             (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least 1"),
             (args.width >= 1, f"--width {args.width}: must be at least 1"),
             (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
@@ -384,12 +411,9 @@ class Decoder:
     def rounds(self, ids, drafter, max_new_tokens=None):
         """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
         args, model = self.args, self.model
-        if drafter == "kangaroo":
-            drafter = KangarooDrafter(model, self.adapter, self.exit_layer, self.threshold, self.sampler, args.width)
-        else:
-            drafter = {"lookup": PromptLookupDrafter, "none": NoDrafter}[drafter](model)
-        rounds = generate(model, drafter, ids, max_new_tokens or args.max_new_tokens, self.steps, self.sampler,
-                          model.config.eos_token_ids, args.width)
+        more = (self.adapter, self.exit_layer, self.threshold, self.sampler, args.width) if drafter == "kangaroo" else ()
+        rounds = generate(model, DRAFTERS[drafter](model, *more), ids, max_new_tokens or args.max_new_tokens, self.steps,
+                          self.sampler, model.config.eos_token_ids, args.width)
         while True:
             begin = time.perf_counter()
             round_ = next(rounds, None)
@@ -397,7 +421,7 @@ class Decoder:
                 return
             yield round_, time.perf_counter() - begin
 
-    def decode(self, ids, show=lambda text, drafted: None):
+    def decode(self, ids, show):
         """Decode ids, calling show(text, whether it was drafted) as text comes; returns what --json prints."""
         stream = TextStream(self.tokenizer, ids)
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [], "accepted": [], "seconds": 0.0}
@@ -453,7 +477,7 @@ def run(args):
     green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
 
     def show(text, drafted):
-        if text:
+        if text and not args.json:
             print(green + text + plain if drafted else text, end="", flush=True)
 
     results = []
@@ -461,14 +485,14 @@ def run(args):
         if args.compare and i == 0:  # the first pass over a shape compiles kernels: not the fault of whoever comes first
             for drafter in (args.drafter, "none"):
                 list(decoder.rounds(ids, drafter, max_new_tokens=8))
-        vanilla = decoder.decode_vanilla(ids) if args.compare and i % 2 else {}
+        vanilla = decoder.decode_vanilla(ids) if args.compare and i % 2 else {}  # neither is always second
         if not args.json and (decoder.chat == "none" or len(prompts) > 1):
             print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
-        result = decoder.decode(ids, (lambda text, drafted: None) if args.json else show)
+        result = decoder.decode(ids, show)
         if args.compare:
             result |= vanilla or decoder.decode_vanilla(ids)
             result["identical"] = result["ids"] == result["vanilla_ids"]
-        print(json.dumps(result) if args.json else "\n" * (1 + (len(prompts) > 1 and i + 1 < len(prompts))), end="\n" if args.json else "", flush=True)
+        print(json.dumps(result) if args.json else "" if i + 1 == len(prompts) else "\n", flush=True)
         results.append(result)
     print(summary(results), file=sys.stderr if args.json else sys.stdout)
     return 0 if all(r.get("identical", True) for r in results) else 1

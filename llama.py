@@ -8,8 +8,9 @@ What is special here serves one promise of `kangaroo.py`, that speculative decod
   the position alone (`one_shape`). The same kernels then add up in the same order, whether 1 row is live or 6.
 - **One noise.** The random numbers that choose the token at position t depend on (seed, t) alone (`Sampler`).
 
-Left out on purpose: text (`tokenizer.py`), batched decoding, quantisation, other architectures. Names are Hugging Face's. Read `kangaroo.py`
-next. Follows transformers' modeling_llama.py for the arithmetic and gpt-fast for the cache without a length.
+Left out on purpose: text (`tokenizer.py`), batched decoding, quantisation, other architectures. Names are Hugging Face's.
+Follows transformers' modeling_llama.py for the arithmetic and gpt-fast for the cache without a length. Read `kangaroo.py`
+next.
 """
 import hashlib
 import json

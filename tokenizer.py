@@ -83,36 +83,37 @@ class Tokenizer:
             raise UserError(f"{path}: has {size} tokens, but config.json says vocab_size = {config.vocab_size}")
 
     def load_sentencepiece(self, path, config):
-        def load(**options):
-            try:
-                processor = SentencePieceProcessor(model_file=str(path))
-            except (RuntimeError, OSError) as e:
-                raise UserError(f"{path}: not a sentencepiece model ({str(e).strip()})") from None
-            if options:
-                processor.override_normalizer_spec(**options)
-            return processor
-
-        # Text that follows a special token begins no word of its own, so it gets no space in front.
-        first, rest = load(), load(add_dummy_prefix=False)
-        special = {first.id_to_piece(i): i for i in (first.bos_id(), first.eos_id()) if i >= 0}
+        try:
+            processor = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as e:
+            raise UserError(f"{path}: not a sentencepiece model ({str(e).strip()})") from None
+        special = {processor.id_to_piece(i): i for i in (processor.bos_id(), processor.eos_id()) if i >= 0}
         for i, token in (self.metadata.get("added_tokens_decoder") or {}).items():
-            if int(i) >= first.vocab_size() or token.get("special"):
+            if int(i) >= processor.vocab_size() or token.get("special"):
                 special[token["content"]] = int(i)
-        self.bos = first.bos_id() if self.bos is None else self.bos
+        self.bos = processor.bos_id() if self.bos is None else self.bos
         self.add_bos = self.metadata.get("add_bos_token", True)
         split = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else re.compile("$^")
+
+        # sentencepiece begins every text with a space. Text that follows a special token begins no word of its own, so it is
+        # encoded behind a guard, whose pieces are cut off again (as transformers does).
+        guard = "<unk>"
+        cut = len(processor.encode(guard))
 
         def encode(text):
             ids = []
             for i, part in enumerate(split.split(text)):
-                ids += [special[part]] if i % 2 else (rest if i else first).encode(part)
+                if i % 2:
+                    ids.append(special[part])
+                else:
+                    ids += processor.encode(guard + part)[cut:] if ids else processor.encode(part)
             return ids
 
         def decode(ids):
-            return first.decode([i for i in ids if i < first.vocab_size() and i not in special.values()])
+            return processor.decode([i for i in ids if i < processor.vocab_size() and i not in special.values()])
 
         self.encode_text, self.decode = encode, decode
-        return max([first.vocab_size() - 1, *special.values()]) + 1
+        return max([processor.vocab_size() - 1, *special.values()]) + 1
 
     def load_tokenizers(self, path):
         try:

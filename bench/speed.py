@@ -1,0 +1,140 @@
+"""Speed and memory of decoding, measured: ratios in one process, methods interleaved token budget by token budget, medians.
+
+    python bench/speed.py --model DIR [--adapter DIR]
+
+Compares, for one prompt of about 100 tokens and the same number of new tokens: vanilla decoding at width 1, vanilla at
+the one shape, Kangaroo if an adapter is given, and the transformers package's greedy `generate` with its default cache
+where that package is installed. Prefill is included in all of them; nobody stops at an end-of-sequence token.
+"""
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from kangaroo import WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
+from llama import KVCache, load_llama, pack  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+PROMPT = (
+    "Kangaroos are large marsupials that live in Australia. They have strong hind legs, a long tail for balance, and a pouch "
+    "in which the mother carries her joey for many months after its birth. Most of them feed on grass at dawn and at dusk, and "
+    "rest in the shade while the sun is high. A group of kangaroos is called a mob, and its members warn one another of danger "
+    "by thumping the ground with their feet. Explain to a child who has never seen one how a kangaroo jumps, why it can cross "
+    "long distances without getting tired, and what it does when it meets a river on its way.")
+
+
+def peak_memory():
+    """The most resident memory this process has ever had, in MB."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1000
+
+
+def processor():
+    """The CPU's own name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def read_bandwidth():
+    """Bytes per second of one pass over 256 MB, best of 5."""
+    data = torch.ones(64 * 1024 * 1024)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - begin)
+    return data.numel() * 4 / min(seconds)
+
+
+def ours(model, prompt, n, width, adapter=None, exit_layer=None):
+    drafter = KangarooDrafter(model, adapter, exit_layer, width=width) if adapter else NoDrafter(model)
+    rounds = [r.tokens for r in generate(model, drafter, prompt, n, width=width)]
+    return sum(rounds, []), len(rounds)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter", help="an adapter's folder, or random; without it Kangaroo is left out")
+    parser.add_argument("--dtype", help="default: the command line's")
+    parser.add_argument("--device")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", choices=("nothing", "decode"), help="print the peak memory of doing just this, and stop")
+    args = parser.parse_args()
+    if args.memory == "nothing":
+        print(peak_memory())
+        return
+    device, dtype = pick_device_and_dtype(args)
+    model = load_llama(args.model, device, dtype)
+    weights = sum(p.nbytes for p in model.parameters())
+    prompt = Tokenizer(args.model, model.config).encode(PROMPT)
+    pack(model, WIDTH)
+    if args.memory:
+        ours(model, prompt, args.new_tokens, WIDTH)
+        print(peak_memory())
+        return
+
+    methods = {"vanilla, width 1": lambda n: ours(model, prompt, n, 1)[0],
+               f"vanilla, one shape (width {WIDTH})": lambda n: ours(model, prompt, n, WIDTH)[0]}
+    if args.adapter:
+        adapter, facts = load_adapter(args.adapter, model)
+        pack(adapter, WIDTH)
+        methods["Kangaroo"] = lambda n: ours(model, prompt, n, WIDTH, adapter, facts["exit_layer"])[0]
+    try:
+        import transformers
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+        ids = torch.tensor([prompt], device=device)
+        methods[f"transformers {transformers.__version__}"] = lambda n: theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=n, max_new_tokens=n,
+            pad_token_id=0)[0, len(prompt):].tolist()
+    except ImportError:
+        print("transformers is not installed: left out")
+
+    for method in methods.values():
+        method(8)  # the first pass over a shape compiles kernels
+    seconds, tokens, bandwidth = {name: [] for name in methods}, {}, []
+    for _ in range(args.repeats):
+        bandwidth.append(read_bandwidth())
+        for name, method in methods.items():
+            begin = time.perf_counter()
+            tokens[name] = method(args.new_tokens)
+            seconds[name].append(time.perf_counter() - begin)
+            assert len(tokens[name]) == args.new_tokens
+    bandwidth = statistics.median(bandwidth)
+
+    print(f"{Path(args.model).name} · {str(dtype).removeprefix('torch.')} · {device} ({processor()}, "
+          f"{torch.get_num_threads()} threads) · torch {torch.__version__}\n{len(prompt)} prompt tokens, {args.new_tokens} new, "
+          f"median of {args.repeats} interleaved runs")
+    print(f"{'':32} {'tokens/s':>9} {'ms/token':>9} {'÷ width 1':>10} {'bandwidth share':>16}")
+    first = "vanilla, width 1"
+    for name in methods:
+        each = statistics.median(seconds[name]) / args.new_tokens
+        ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[name]))
+        print(f"{name:32} {1 / each:9.1f} {each * 1e3:9.1f} {ratio:10.2f} {weights / bandwidth / each:16.2f}")
+    print(f"bandwidth share = {weights / 1e6:.0f} MB of weights ÷ {bandwidth / 1e9:.1f} GB/s (measured reads) ÷ seconds a token")
+    names = [name for name in methods if "one shape" in name or name == "Kangaroo"]
+    if len(names) == 2:
+        print(f"Kangaroo's tokens equal vanilla's: {tokens[names[0]] == tokens[names[1]]}")
+    if device.type == "cpu":
+        this = [sys.executable, __file__, "--model", args.model, "--dtype", str(dtype).removeprefix("torch."), "--new-tokens",
+                str(args.new_tokens)]
+        base, peak = (float(subprocess.run([*this, "--memory", what], capture_output=True, text=True, check=True).stdout)
+                      for what in ("nothing", "decode"))
+        cache = KVCache.zeros(model.config, len(model.layers), len(prompt) + args.new_tokens + WIDTH, model.norm.weight)
+        cached = sum(rows.nbytes for rows in cache.k + cache.v) / 1e6
+        print(f"peak memory {peak:.0f} MB = {base:.0f} Python and torch + {weights / 1e6:.0f} weights + {cached:.0f} cache "
+              f"+ {peak - base - weights / 1e6 - cached:.0f} other")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Tiny random models, in memory and as Hugging Face folders. Nothing here is downloaded."""
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceTrainer
+
+from kangaroo import Adapter
+from llama import KVCache, Llama, LlamaConfig, Sampler, build, named_weights, pack
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                   head_dim=8, vocab_size=40, max_position_embeddings=1024)
+
+
+# A falsifying example is printed with all its numbers, the seeds among them; weights and prompts follow from these.
+settings.register_profile("kangaroo", max_examples=100, deadline=None, print_blob=True)
+settings.register_profile("hurried", parent=settings.get_profile("kangaroo"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kangaroo"))
+samplers = st.builds(Sampler, temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0, 2.0]), top_k=st.sampled_from([0, 1, 4]),
+                     top_p=st.sampled_from([0.5, 0.95, 1.0]), seed=st.integers(0, 99))
+
+
+def random_weights(module, seed):
+    """Matrices that keep the size of what passes through, norms near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data.copy_(noise / p.shape[-1] ** 0.5 if p.dim() > 1 else 1 + 0.1 * noise)
+    return module
+
+
+def random_model(config=TINY, seed=0, dtype=torch.float32, device="cpu", packed_for=None):
+    """A random Llama; `packed_for` is the width that its weights are packed for, None leaves them plain."""
+    model = build(Llama, config, device, dtype)
+    model.tie()
+    random_weights(model, seed)
+    return pack(model, packed_for) if packed_for else model
+
+
+def random_adapter(model, seed=0):
+    weight = model.norm.weight
+    return random_weights(build(Adapter, replace(model.config, num_hidden_layers=1), weight.device, weight.dtype), seed)
+
+
+class PerfectAdapter:
+    """The remaining layers of the target: it drafts what the target says, or with `sign` −1 what the target likes least."""
+
+    def __init__(self, model, exit_layer, sign=1):
+        self.model, self.exit_layer, self.sign, self.config = model, exit_layer, sign, model.config
+
+    def __call__(self, x, positions, cache):
+        return self.sign * self.model.norm(self.model.run_layers(x, positions, cache, self.exit_layer, len(self.model.layers)))
+
+
+class NoisyAdapter(PerfectAdapter):
+    """Right about half the time: drafts of every length get accepted in part."""
+
+    def __call__(self, x, positions, cache):
+        h = super().__call__(x, positions, cache)
+        lucky = torch.tensor([hash((p, 7)) % 3 > 0 for p in positions.tolist()], device=h.device)
+        return torch.where(lucky[:, None], h, -h)
+
+
+@contextmanager
+def block(size):
+    """KV-cache views that grow by `size` positions, so that short texts cross many edges."""
+    before, KVCache.BLOCK = KVCache.BLOCK, size
+    try:
+        yield
+    finally:
+        KVCache.BLOCK = before
+
+
+def config_json(config):
+    """The config.json of a model of this shape."""
+    data = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "eos_token_id": list(config.eos_token_ids)}
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+              "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id")
+    return data | {name: getattr(config, name) for name in fields}
+
+
+def hf_tensors(model):
+    """The model's weights under Hugging Face's names, as save_file wants them."""
+    return {(name if name == "lm_head.weight" else f"model.{name}"): weight.detach().clone().contiguous()
+            for name, weight in named_weights(model).items()}
+
+
+TEXT = ["Once upon a time a small kangaroo lived by the river.", "She liked to jump over stones, and the stones liked it too.",
+        "One day she met an old turtle who had lost his hat.", "“Where did you see it last?” asked the kangaroo. Über den Fluß!"]
+
+
+def write_model(folder, config=TINY, seed=0, chat_template=None):
+    """A model folder as Hugging Face lays it out, with a sentencepiece vocabulary (byte fallback) of its own.
+
+    Returns the config that it was written with: TINY's shape, the vocabulary's size and special tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    size = 340  # 256 bytes, 3 special tokens, and some pieces
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 20), model_prefix=str(folder / "tokenizer"), vocab_size=size,
+                               model_type="bpe", byte_fallback=True, character_coverage=0.98, minloglevel=2,
+                               hard_vocab_limit=True)
+    (folder / "tokenizer.vocab").unlink()
+    config = replace(config, vocab_size=size, bos_token_id=1, eos_token_ids=(2,))
+    save_file(hf_tensors(random_model(config, seed)), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config_json(config)))
+    if chat_template:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))
+    return config
+
+
+def write_adapter(folder, config, exit_layer=1, seed=0):
+    """An adapter folder that fits a target of this shape."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = replace(config, num_hidden_layers=1)
+    adapter = random_weights(build(Adapter, config, "cpu", torch.float32), seed)
+    weights = {name: w.detach().clone().contiguous() for name, w in named_weights(adapter).items()}
+    save_file(weights, folder / "adapter.safetensors")
+    (folder / "config.json").write_text(json.dumps(config_json(config) | {"exit_layer": exit_layer}))
