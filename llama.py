@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,32 +86,41 @@ class LlamaConfig:
                 raise UserError(f"{path}: {name} = {value!r}, must be a positive {kind.__name__}")
             return kind(value)
 
-        for name, values in IMPLEMENTED.items():
-            if data.get(name, values[0]) not in values:
-                raise UserError(f"{path}: {name} = {data[name]!r} is not implemented, only {' or '.join(map(repr, values))}")
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if rope_type not in ROPE_FIELDS:
+        for name, values in IMPLEMENTED.items():
+            value = data.get(name, rope.get(name, values[0]) if isinstance(rope, dict) else values[0])
+            if value not in values:
+                raise UserError(f"{path}: {name} = {value!r} is not implemented, only {' or '.join(map(repr, values))}")
+        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+        if rope_type not in list(ROPE_FIELDS):
             raise UserError(f"{path}: rope_scaling of type {rope_type!r} is not implemented, only {', '.join(ROPE_FIELDS)}")
         heads, hidden_size = number("num_attention_heads"), number("hidden_size")
         config = cls(
             hidden_size, number("intermediate_size"), number("num_hidden_layers"), heads,
             number("num_key_value_heads", heads), number("head_dim", hidden_size // heads), number("vocab_size"),
             number("max_position_embeddings", 2048), number("rms_norm_eps", 1e-6, float),
-            number("rope_theta", rope.get("rope_theta", 10000.0), float), rope_type,
+            number("rope_theta", 10000.0, float, rope if "rope_theta" in rope else data), rope_type,
             tuple(number(name, kind=float, source=rope) for name in ROPE_FIELDS[rope_type]),
-            bool(data.get("tie_word_embeddings", False)), data.get("bos_token_id"))
+            data.get("tie_word_embeddings") or False, data.get("bos_token_id"))
+        if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise UserError(f"{path}: low_freq_factor = {rope['low_freq_factor']} must be below "
+                            f"high_freq_factor = {rope['high_freq_factor']}")
+        for name, kind in (("tie_word_embeddings", bool), ("bos_token_id", int | None)):
+            if not isinstance(getattr(config, name), kind):
+                raise UserError(f"{path}: {name} = {data[name]!r} is not of type {getattr(kind, '__name__', kind)}")
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(f"{path}: num_attention_heads = {heads} is no multiple of "
                             f"num_key_value_heads = {config.num_key_value_heads}")
         if config.head_dim % 2:
             raise UserError(f"{path}: head_dim = {config.head_dim} must be even")
-        generation = Path(folder) / "generation_config.json"
-        ids = [data.get("eos_token_id"), read_json(generation).get("eos_token_id") if generation.exists() else None]
-        flat = {i for entry in ids if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
-        if not all(isinstance(i, int) for i in flat):
-            raise UserError(f"{path}: eos_token_id = {sorted(map(str, flat))}, must be an integer or a list of integers")
-        object.__setattr__(config, "eos_token_ids", tuple(sorted(flat)))
+        generation, eos = Path(folder) / "generation_config.json", set()
+        for file, source in ((path, data), (generation, read_json(generation) if generation.exists() else {})):
+            ids = source.get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(isinstance(i, int) for i in ids):
+                raise UserError(f"{file}: eos_token_id = {ids!r}, must be an integer or a list of integers")
+            eos |= set(ids)
+        object.__setattr__(config, "eos_token_ids", tuple(sorted(eos)))
         return config
 
 
@@ -354,11 +363,16 @@ def load_weights(module, tensors, source):
             expected[name].copy_(tensor)
 
 
+def read_tensor(path, name):
+    with safe_open(path, framework="pt") as file:  # closed again, so that the pages read are not ours for longer
+        return file.get_tensor(name)
+
+
 def safetensors_entries(path):
     """{name: (shape, function that reads the tensor)} of a safetensors file; nothing is read yet."""
     try:
-        file = safe_open(path, framework="pt")
-        return {name: (file.get_slice(name).get_shape(), lambda name=name: file.get_tensor(name)) for name in file.keys()}
+        with safe_open(path, framework="pt") as file:
+            return {name: (file.get_slice(name).get_shape(), partial(read_tensor, path, name)) for name in file.keys()}
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: missing, truncated or not a safetensors file ({e})") from None
 
@@ -509,9 +523,11 @@ def rows_are_alike(model, width):
 def find_nonfinite(model, ids):
     """Where NaN or infinity first appears in a pass over ids, in words."""
     x, positions = model.embed(ids), torch.arange(len(ids), device=model.norm.weight.device)
+    # With a cache, because attention without a mask turns NaN scores into zeros on a CPU.
+    cache = KVCache.zeros(model.config, len(model.layers), len(ids), x)
     where = ["the embedding"] + [f"layer {i}" for i in range(len(model.layers))]
     for i, name in enumerate(where):
-        x = model.run_layers(x, positions, None, i - 1, i) if i else x
+        x = model.run_layers(x, positions, cache, i - 1, i) if i else x
         if not x.isfinite().all():
             return name
     return "the final norm or the LM head"

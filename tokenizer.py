@@ -93,12 +93,19 @@ class Tokenizer:
                 special[token["content"]] = int(i)
         self.bos = processor.bos_id() if self.bos is None else self.bos
         self.add_bos = self.metadata.get("add_bos_token", True)
-        split = re.compile("(" + "|".join(map(re.escape, special)) + ")") if special else re.compile("$^")
+        longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        split = re.compile(f"({longest_first})" if special else "$^")
 
         # sentencepiece begins every text with a space. Text that follows a special token begins no word of its own, so it is
         # encoded behind a guard, whose pieces are cut off again (as transformers does).
-        guard = "<unk>"
-        cut = len(processor.encode(guard))
+        guards = {guard: processor.encode(guard) for guard in ("<unk>", "\u4e00", ".")}
+
+        def encode_rest(text):
+            for guard, head in guards.items():
+                ids = processor.encode(guard + text)
+                if ids[:len(head)] == head:  # else guard and text have merged
+                    break
+            return ids[len(head):]
 
         def encode(text):
             ids = []
@@ -106,7 +113,7 @@ class Tokenizer:
                 if i % 2:
                     ids.append(special[part])
                 else:
-                    ids += processor.encode(guard + part)[cut:] if ids else processor.encode(part)
+                    ids += encode_rest(part) if ids else processor.encode(part)
             return ids
 
         def decode(ids):
@@ -124,6 +131,8 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the package raises plain Exception
             raise UserError(f"{path}: not a tokenizer ({e})") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         begin = tokenizer.encode("").ids  # what the tokenizer itself puts around a text
         self.bos = begin[0] if begin and self.bos is None else self.bos
         self.add_bos = self.metadata.get("add_bos_token", self.bos in begin)
@@ -157,5 +166,7 @@ class TextStream:
         text = self.decode(self.ids[self.window:])
         if wait and (text.endswith("\ufffd") or len(text) <= len(before)):
             return ""
-        self.window, self.shown = self.shown, len(self.ids)
+        if text[len(before):].strip():  # a window that began with blanks would lose those that follow
+            self.window = self.shown
+        self.shown = len(self.ids)
         return text[len(before):]

@@ -33,6 +33,15 @@ def edit(path, **changes):
     path.write_text(json.dumps({name: value for name, value in data.items() if value is not None}))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads make a tiny model slower, and on a busy machine ten times as slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model folder with an adapter, and without an end-of-sequence token, so that the length of a text is never luck."""
@@ -160,6 +169,15 @@ def test_a_terminal_shows_accepted_tokens_in_green(cli, decode, monkeypatch, dra
     assert "\033" not in cli(*args)[1]
 
 
+def test_an_answer_begins_with_its_first_word(decode, monkeypatch):
+    """Guards the space in front of a first word: shown after a chat template, or lost where the text goes on from the prompt."""
+    monkeypatch.setattr(Letters, "push", lambda self, token: f" {token}")
+    monkeypatch.setattr(kangaroo, "TextStream", Letters)
+    result, answer = decode(), decode("--chat", "chatml")
+    assert result["text"] == "".join(f" {token}" for token in result["ids"])
+    assert answer["text"] == " ".join(map(str, answer["ids"]))
+
+
 def test_chat_shows_the_answer_only(cli, decode):
     """Guards --chat: a template not applied, or the user's own words and the template's shown as the answer."""
     result = decode("--chat", "chatml")
@@ -207,9 +225,12 @@ def test_a_tiny_temperature_is_greedy_or_refused(cli, decode, temperature):
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-def test_compare_adds_the_vanilla_run(decode, drafter):
-    """Guards --compare: a comparison with itself, or one that is reported in words only."""
-    result, alone = decode("--compare", *drafter), decode(*drafter)
+def test_compare_adds_the_vanilla_run(decode, monkeypatch, drafter):
+    """Guards --compare: a comparison of the drafter with itself, or one that is reported in words only."""
+    alone, generate, drafters = decode(*drafter), kangaroo.generate, []
+    monkeypatch.setattr(kangaroo, "generate", lambda *args: drafters.append(type(args[1])) or generate(*args))
+    result = decode("--compare", *drafter)
+    assert drafters[-1] is kangaroo.NoDrafter and (drafters[-2] is not kangaroo.NoDrafter or "none" in drafter)
     added = {name: result.pop(name) for name in ("vanilla_ids", "vanilla_seconds", "identical")}
     assert facts(result) == facts(alone)
     assert added["identical"] is True and added["vanilla_ids"] == result["ids"] and added["vanilla_seconds"] > 0
@@ -342,7 +363,7 @@ def test_help_fits_a_screen_and_names_every_option_and_default(capfd):
             assert "(default: " in entries[name]
         elif not isinstance(default, bool) and default not in (None, "x"):
             assert f"(default: {default})" in entries[name]
-    assert f", or {kangaroo.STEPS})" in entries["--steps"] and f", or {kangaroo.THRESHOLD})" in entries["--threshold"]
+    assert f" or {kangaroo.STEPS})" in entries["--steps"] and f" or {kangaroo.THRESHOLD})" in entries["--threshold"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,9 +374,9 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 @pytest.mark.parametrize("args, words", [
     ("--model absent", ["absent", "--model"]), ("--adapter absent", ["absent", "--adapter"]),
-    ("--dtype float8", ["--dtype", "float8"]), ("--chat alpaca", ["--chat", "alpaca"]), 
-    ("--drafter eagle", ["--drafter", "eagle"]),
-    ("--device tpu", ["--device", "tpu"]), ("--device meta", "meta"), ("--device cuda:99", "cuda:99"),
+    ("--dtype float8", ["--dtype", "float8"]), ("--chat alpaca", ["--chat", "alpaca"]),
+    ("--drafter eagle", ["--drafter", "eagle"]), ("--device tpu", ["--device", "tpu"]),
+    ("--device meta", "meta"), ("--device cuda:99", "cuda:99"),
     pytest.param("--device cuda", ["--device", "cuda"], marks=no_cuda),
     ("--threshold -0.1", "--threshold"), ("--threshold 1.5", "--threshold"), ("--threshold nan", "--threshold"),
     ("--steps -1", "--steps"), ("--steps 8", ["--steps", "--width 8"]), ("--steps x", "--steps"),
@@ -416,13 +437,14 @@ def test_damaged_model_folders_are_refused(refused, variant, name, content, word
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("config.json", {"hidden_size": 64}, ["hidden_size", "64", "32"]),
-    ("config.json", {"vocab_size": 64}, ["vocab_size", "64", "340"]),
-    ("config.json", {"num_attention_heads": 2}, ["num_attention_heads", "2", "4"]),
+    ("config.json", {"hidden_size": 64}, ["hidden_size = 64", "model 32"]),
+    ("config.json", {"vocab_size": 64}, ["vocab_size = 64", "model 340"]),
+    ("config.json", {"num_attention_heads": 2}, ["num_attention_heads = 2", "model 4"]),
     ("config.json", {"exit_layer": None}, ["exit_layer", "--exit-layer", "adapter/config.json"]),
     ("config.json", {"exit_layer": "1"}, ["exit layer", "'1'"]), ("config.json", {"exit_layer": 4}, ["exit layer 4", "4 layers"]),
     ("config.json", {"steps": "x"}, "steps"), ("config.json", {"steps": 2.5}, "steps"),
-    ("config.json", {"threshold": "x"}, "threshold"), ("config.json", {"threshold": 2}, "threshold"), ("config.json", b"{", "adapter/config.json"),
+    ("config.json", {"threshold": "x"}, "threshold"), ("config.json", {"threshold": 2}, "threshold"),
+    ("config.json", b"{", "adapter/config.json"),
     ("adapter.safetensors", truncate, "adapter.safetensors"), ("adapter.safetensors", None, "adapter.safetensors")])
 def test_adapters_that_do_not_fit_are_refused(refused, variant, name, content, words):
     """Guards against an adapter of another model, which would draft nonsense or fail in a product; both values are named."""
@@ -508,7 +530,7 @@ def test_damaged_published_adapters_are_refused(refused, published, content):
     """Guards against a traceback: torch.load raises many kinds of exception, some without a message."""
     folder, path = published
     damage(path, content)
-    refused("pytorch_model.bin", "--model", folder, "--exit-layer", 1)
+    refused(f"{folder.name}/adapter", "--model", folder, "--exit-layer", 1)
 
 
 class Code:

@@ -2,7 +2,6 @@
 import json
 import math
 import platform
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import DTYPES, TINY, config_json, random_model
 from safetensors.torch import save, save_file
 
@@ -268,11 +266,6 @@ def test_rope_frequencies(rope_type, scaling):
     ours, expected = inverse_frequencies(config, torch.device("cpu")), frequencies(config)
     assert ours.dtype == torch.float32
     assert torch.allclose(ours.double(), expected, rtol=2e-6, atol=0)
-
-
-def first_weight(name):
-    """A function that gives the first row, or the first scale, of the model's weight so named."""
-    return lambda model: named_weights(model)[f"{name}.weight"][0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
