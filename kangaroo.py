@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import pickle
 import statistics
 import sys
 import time
@@ -230,6 +229,9 @@ def load_adapter(folder, model, exit_layer=None):
         raise UserError(f"{folder / 'config.json'}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 for 13B)")
     if not isinstance(exit_layer, int) or not 0 <= exit_layer < target.num_hidden_layers:
         raise UserError(f"exit layer {exit_layer!r}: must be at least 0 and below the model's {target.num_hidden_layers} layers")
+    for name, kind in (("steps", int), ("threshold", (int, float))):
+        if name in data and not isinstance(data[name], kind):
+            raise UserError(f"{folder / 'config.json'}: {name} = {data[name]!r} is not a number that --{name} would take")
     adapter = build(Adapter, config, device, dtype)
     if str(folder) == "random":
         generator = torch.Generator().manual_seed(0)
@@ -248,10 +250,12 @@ def adapter_entries(folder):
         entries = safetensors_entries(folder / "adapter.safetensors")
     else:
         try:
-            state = torch.load(pickled, map_location="cpu", weights_only=True)
-            entries = {name: (tensor.shape, lambda tensor=tensor: tensor) for name, tensor in state.items()}
-        except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
-            raise UserError(f"{pickled}: not a file of tensors ({str(e).splitlines()[0]})") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on pickle protocols
+                state = torch.load(pickled, map_location="cpu", weights_only=True)
+            entries = {str(name): (tensor.shape, lambda tensor=tensor: tensor) for name, tensor in state.items()}
+        except Exception as e:  # torch.load raises whatever a damaged pickle leads it to
+            raise UserError(f"{pickled}: damaged, or holds more than tensors ({type(e).__name__})") from None
     return {k.removeprefix("layers.0."): v for k, v in entries.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
@@ -319,12 +323,16 @@ def parse_arguments(argv):
 def read_prompts(args):
     """The prompts as a list of strings, none of them empty."""
     if args.prompt is not None:
-        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        try:
+            prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+            prompt.encode()  # bytes of the command line that are not UTF-8 become lone surrogates
+        except UnicodeError as e:
+            raise UserError(f"the prompt is not UTF-8 ({e})") from None
         if not prompt.strip():
             raise UserError("the prompt is empty, --prompt wants some text")
         return [prompt]
     try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {args.prompts}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     lines = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
@@ -340,8 +348,11 @@ def json_prompt(line, where):
         entry = json.loads(line)
     except ValueError as e:
         raise UserError(f"{where}: not valid JSON ({e})") from None
-    prompt = entry.get("prompt") or (entry.get("turns") or [None])[0] if isinstance(entry, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
+    entry = entry if isinstance(entry, dict) else {}
+    turns = entry.get("turns")
+    prompt = entry.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+    # A lone surrogate, which JSON can escape, is no text.
+    if not isinstance(prompt, str) or not prompt.strip() or any("\ud800" <= c <= "\udfff" for c in prompt):
         raise UserError(f"{where}: wants an object with a text `prompt`, or `turns` whose first is a text")
     return prompt
 
@@ -494,11 +505,14 @@ def run(args):
             result["identical"] = result["ids"] == result["vanilla_ids"]
         print(json.dumps(result) if args.json else "" if i + 1 == len(prompts) else "\n", flush=True)
         results.append(result)
-    print(summary(results), file=sys.stderr if args.json else sys.stdout)
+    print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     return 0 if all(r.get("identical", True) for r in results) else 1
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal or a file that cannot take a character gets a ? for it
     try:
         return run(parse_arguments(argv))
     except UserError as e:

@@ -91,8 +91,8 @@ class LlamaConfig:
             value = data.get(name, rope.get(name, values[0]) if isinstance(rope, dict) else values[0])
             if value not in values:
                 raise UserError(f"{path}: {name} = {value!r} is not implemented, only {' or '.join(map(repr, values))}")
-        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-        if rope_type not in list(ROPE_FIELDS):
+        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if not isinstance(rope, dict) or not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
             raise UserError(f"{path}: rope_scaling of type {rope_type!r} is not implemented, only {', '.join(ROPE_FIELDS)}")
         heads, hidden_size = number("num_attention_heads"), number("hidden_size")
         config = cls(
@@ -105,9 +105,10 @@ class LlamaConfig:
         if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
             raise UserError(f"{path}: low_freq_factor = {rope['low_freq_factor']} must be below "
                             f"high_freq_factor = {rope['high_freq_factor']}")
-        for name, kind in (("tie_word_embeddings", bool), ("bos_token_id", int | None)):
-            if not isinstance(getattr(config, name), kind):
-                raise UserError(f"{path}: {name} = {data[name]!r} is not of type {getattr(kind, '__name__', kind)}")
+        if not isinstance(config.tie_word_embeddings, bool):
+            raise UserError(f"{path}: tie_word_embeddings = {config.tie_word_embeddings!r}, must be true or false")
+        if config.bos_token_id is not None and config.bos_token_id not in range(config.vocab_size):
+            raise UserError(f"{path}: bos_token_id = {config.bos_token_id!r}, must be below vocab_size = {config.vocab_size}")
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(f"{path}: num_attention_heads = {heads} is no multiple of "
                             f"num_key_value_heads = {config.num_key_value_heads}")
@@ -442,7 +443,7 @@ class Sampler:
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         for flag, value, fits, want in (
-                ("temperature", temperature, 0 <= temperature < math.inf, "at least 0 and finite"),
+                ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0 (greedy) or from 1e-6 on"),
                 ("top-k", top_k, top_k >= 0, "at least 0 (0: off)"), ("top-p", top_p, 0 < top_p <= 1, "in (0, 1]")):
             if not fits:
                 raise UserError(f"--{flag} {value}: must be {want}")

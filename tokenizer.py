@@ -42,9 +42,14 @@ def find_chat_template(folder, name=None):
     config, jinja = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
     source = read_json(config).get("chat_template") if config.exists() else None
     if isinstance(source, list):  # several named templates
+        if not all(isinstance(t, dict) for t in source):
+            raise UserError(f"{config}: chat_template = {source!r}, must be a text or a list of objects")
         source = next((t.get("template") for t in source if t.get("name") == "default"), None)
     if jinja.exists():
-        source = jinja.read_text(encoding="utf-8")
+        try:
+            source = jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{jinja}: cannot be read ({e})") from None
     source = source if isinstance(source, str) else ""
     name = name or next((n for n, t in CHAT_TEMPLATES.items() if t.marker and t.marker in source), "none")
     template = CHAT_TEMPLATES[name]
@@ -88,9 +93,13 @@ class Tokenizer:
         except (RuntimeError, OSError) as e:
             raise UserError(f"{path}: not a sentencepiece model ({str(e).strip()})") from None
         special = {processor.id_to_piece(i): i for i in (processor.bos_id(), processor.eos_id()) if i >= 0}
-        for i, token in (self.metadata.get("added_tokens_decoder") or {}).items():
-            if int(i) >= processor.vocab_size() or token.get("special"):
-                special[token["content"]] = int(i)
+        try:
+            for i, token in (self.metadata.get("added_tokens_decoder") or {}).items():
+                if int(i) >= processor.vocab_size() or token.get("special"):
+                    special[token["content"]] = int(i)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder must map ids to "
+                            "objects with `content`") from None
         self.bos = processor.bos_id() if self.bos is None else self.bos
         self.add_bos = self.metadata.get("add_bos_token", True)
         longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
