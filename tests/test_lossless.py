@@ -144,6 +144,7 @@ def test_a_drafted_row_has_the_view_that_it_would_have_alone(start, width, live,
     with block(size):
         cache, x = KVCache.zeros(TINY, 1, 1000, torch.zeros(())), torch.zeros(1, 1 + min(live, room_for_draft(start, width)), 32)
         together, _, view = one_shape(x, start, cache, width)
+        assert 0 <= view.length - (start + width) < size  # attention costs the context so far, not the budget
         for i in range(x.shape[1]):
             alone, _, view_alone = one_shape(x[:, i:i + 1], start + i, cache, width)
             assert view_alone.length == view.length and alone.shape == together.shape
