@@ -1,4 +1,5 @@
 """Tiny random models, in memory and as Hugging Face folders. Nothing here is downloaded."""
+import ctypes
 import json
 import os
 from contextlib import contextmanager
@@ -7,7 +8,6 @@ from dataclasses import replace
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 
 from kangaroo import Adapter
@@ -78,6 +78,25 @@ def block(size):
         KVCache.BLOCK = before
 
 
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8"}
+
+
+def save(tensors):
+    """The bytes of a safetensors file: header length, JSON header, data. (safetensors' own writer needs NumPy.)"""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end := end + t.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = (ctypes.string_at(t.data_ptr(), t.nbytes) for t in tensors.values())
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
+
+
+def save_file(tensors, path):
+    path.write_bytes(save(tensors))
+
+
 def config_json(config):
     """The config.json of a model of this shape."""
     data = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "eos_token_id": list(config.eos_token_ids)}
@@ -108,7 +127,7 @@ def write_model(folder, config=TINY, seed=0, chat_template=None):
                                hard_vocab_limit=True)
     (folder / "tokenizer.vocab").unlink()
     config = replace(config, vocab_size=size, bos_token_id=1, eos_token_ids=(2,))
-    save_file(hf_tensors(random_model(config, seed)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(hf_tensors(random_model(config, seed)), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_json(config)))
     if chat_template:
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY, config_json, hf_tensors, random_model
-from safetensors.torch import save_file
+from helpers import TINY, config_json, hf_tensors, random_model, save_file
 
 from llama import load_llama
 
@@ -22,7 +21,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 def test_logits_are_those_of_transformers(tmp_path, changes, rope_scaling):
     """Our own oracle shares our layers; this one shares nothing: the halves of RoPE, the order of norms, GQA's grouping."""
     config = replace(TINY, **changes)
-    save_file(hf_tensors(random_model(config, 3)), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(hf_tensors(random_model(config, 3)), tmp_path / "model.safetensors")
     data = config_json(config) | {"architectures": ["LlamaForCausalLM"], "rope_scaling": rope_scaling, "eos_token_id": 2}
     (tmp_path / "config.json").write_text(json.dumps(data))
     ids = torch.randint(config.vocab_size, (2, 200), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_adapter, write_model
-from safetensors.torch import load_file, save_file
+from helpers import save_file, write_adapter, write_model
+from safetensors.torch import load_file
 
 import kangaroo
 

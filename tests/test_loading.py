@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, TINY, config_json, random_model
-from safetensors.torch import save, save_file
+from helpers import DTYPES, TINY, config_json, random_model, save, save_file
 
 import llama
 from kangaroo import NoDrafter, generate
