@@ -16,6 +16,7 @@ Left out on purpose: batches, trees. Read first `generate`, then `KangarooDrafte
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -30,8 +31,10 @@ import torch
 import torch.nn as nn
 
 from llama import (
+    MLP,
     Attention,
     KVCache,
+    Linear,
     LlamaConfig,
     RMSNorm,
     Rows,
@@ -83,10 +86,33 @@ class Adapter(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = self.vocabulary = None  # see draft_from
 
     def forward(self, x, positions, cache=None):
         rows = Rows.at(self.config, positions, x, cache)
         return self.norm(x + self.self_attn(self.input_layernorm(x), rows, cache))
+
+    def draft_from(self, vocabulary, lm_head):
+        """Draft from the token ids `vocabulary` (N,) alone, with their rows of the LM head: a cheaper draft step."""
+        self.vocabulary, self.head = vocabulary, Linear(lm_head.weight.shape[1], head=len(vocabulary))
+        self.head.weight = nn.Parameter(lm_head.weight[vocabulary], requires_grad=False)
+
+
+class LayerAdapter(Adapter):
+    """The same with an MLP after the attention: one full layer of a Llama."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, positions, cache=None):
+        rows = Rows.at(self.config, positions, x, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rows, cache)
+        return self.norm(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+ADAPTERS = {"attention": Adapter, "layer": LayerAdapter}  # by the name in an adapter's config.json; the first is the paper's
 
 
 class NoDrafter:
@@ -143,11 +169,19 @@ class KangarooDrafter:
             # Second early exit: the token that fell below the threshold is chosen already, so it is verified too.
             if len(tokens) == n_max or (tokens and confidence[-1] <= self.threshold):
                 return Draft(tokens, self.states[:, start:position + 1], confidence)
-            logits = self.model.lm_head(self.adapt(position + 1))  # (1, vocab_size)
+            logits, sure = self.predict(self.adapt(position + 1))
             token = self.sampler.choose(logits, position + 1)
-            probability = (logits.double() / (self.sampler.temperature or 1)).softmax(-1).max(-1).values
-            drafted, sure = torch.cat((token.double(), probability)).tolist()  # one host sync
+            drafted, sure = torch.cat((token.double(), sure.double())).tolist()  # one host sync
             tokens.append(int(drafted)), confidence.append(sure)
+
+    def predict(self, x):
+        """The adapter's state (1, hidden_size) -> logits (1, vocab_size), and the top-1 probability (1,) float32."""
+        logits = (self.adapter.head or self.model.lm_head)(x)
+        sure = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).max(-1).values
+        if self.adapter.vocabulary is not None:
+            every = logits.new_full((1, self.model.config.vocab_size), -math.inf)
+            logits = every.index_copy_(1, self.adapter.vocabulary, logits)
+        return logits, sure
 
     def adapt(self, end):
         """Run the adapter on the positions < end that it has not seen; its state (1, hidden_size) at end − 1.
@@ -208,7 +242,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
 # Adapters on disk
 
 def load_adapter(folder, model, exit_layer=None):
-    """(adapter, its config.json as a dict with `exit_layer`) for this target; UserError if it does not fit.
+    """(adapter, its config.json as a dict with `exit_layer`) for this target, not packed yet; UserError if it does not fit.
 
     Reads config.json with adapter.safetensors, or with pytorch_model.bin as the published Kangaroo adapters have it.
     `exit_layer` overrides the config's. The name "random" gives an untrained adapter, to test with.
@@ -221,25 +255,39 @@ def load_adapter(folder, model, exit_layer=None):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, --adapter wants one with config.json and adapter.safetensors")
         config, data = LlamaConfig.load(folder), read_json(folder / "config.json")
+    where = folder / "config.json" if isinstance(folder, Path) else folder
     for name in ("hidden_size", "num_attention_heads", "head_dim", "vocab_size"):
         if getattr(config, name) != getattr(target, name):
             raise UserError(f"{folder}: the adapter has {name} = {getattr(config, name)}, the model {getattr(target, name)}")
+    if data.get("target", model.fingerprint) != model.fingerprint:
+        raise UserError(f"{where}: trained for another model (fingerprint {data['target']}, this one has {model.fingerprint}); "
+                        "remove `target` to use it all the same")
     exit_layer = data.get("exit_layer") if exit_layer is None else exit_layer
     if exit_layer is None:
-        raise UserError(f"{folder / 'config.json'}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 for 13B)")
+        raise UserError(f"{where}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 for 13B)")
     if not isinstance(exit_layer, int) or not 0 <= exit_layer < target.num_hidden_layers:
         raise UserError(f"exit layer {exit_layer!r}: must be at least 0 and below the model's {target.num_hidden_layers} layers")
     for name, kind in (("steps", int), ("threshold", (int, float))):
         if name in data and not isinstance(data[name], kind):
-            raise UserError(f"{folder / 'config.json'}: {name} = {data[name]!r} is not a number that --{name} would take")
-    adapter = build(Adapter, config, device, dtype)
+            raise UserError(f"{where}: {name} = {data[name]!r} is not a number that --{name} would take")
+    architecture = data.get("architecture", "attention")
+    if architecture not in ADAPTERS:
+        raise UserError(f"{where}: architecture = {architecture!r}, choose from {', '.join(ADAPTERS)}")
+    adapter = build(ADAPTERS[architecture], config, device, dtype)
     if str(folder) == "random":
         generator = torch.Generator().manual_seed(0)
         for p in adapter.parameters():  # norms are ones, matrices keep the size of what passes through
             noise = torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
             p.copy_(noise if p.dim() > 1 else torch.ones_like(p))
     else:
-        load_weights(adapter, adapter_entries(folder), folder)
+        entries = adapter_entries(folder)
+        vocabulary = entries.pop("vocabulary", None)
+        load_weights(adapter, entries, folder)
+        if vocabulary:
+            ids = vocabulary[1]().long()
+            if ids.dim() != 1 or not len(ids) or ids.min() < 0 or ids.max() >= target.vocab_size:
+                raise UserError(f"{folder}: vocabulary must be a list of token ids below vocab_size = {target.vocab_size}")
+            adapter.draft_from(ids.to(device), model.lm_head)
     return adapter.eval(), {**data, "exit_layer": exit_layer}
 
 
@@ -264,11 +312,6 @@ def adapter_entries(folder):
 
 DRAFTERS = {"kangaroo": KangarooDrafter, "lookup": PromptLookupDrafter, "none": NoDrafter}
 DEFAULT_MODEL = Path(__file__).parent / "models" / "stories"
-NO_DEFAULT_MODEL = (
-    f"{DEFAULT_MODEL}: the default model is not in this clone yet. Get one and name it:\n"
-    "  pip install tokenizers huggingface_hub\n"
-    "  hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir smollm2\n"
-    '  python kangaroo.py --model smollm2 --adapter random --prompt "What is a kangaroo?"')
 
 
 def parse_arguments(argv):
@@ -379,8 +422,6 @@ class Decoder:
     def __init__(self, args):
         self.args, self.sampler = args, Sampler(args.temperature, args.top_k, args.top_p, args.seed)
         folder = Path(args.model) if args.model else DEFAULT_MODEL
-        if not args.model and not folder.is_dir():
-            raise UserError(NO_DEFAULT_MODEL)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, --model wants one with config.json and *.safetensors")
         device, dtype = pick_device_and_dtype(args)

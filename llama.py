@@ -12,10 +12,12 @@ Left out on purpose: text (`tokenizer.py`), batched decoding, quantisation, othe
 Follows transformers' modeling_llama.py for the arithmetic and gpt-fast for the cache without a length. Read `kangaroo.py`
 next.
 """
+import ctypes
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 
 
 class UserError(Exception):
@@ -123,6 +125,14 @@ class LlamaConfig:
             eos |= set(ids)
         object.__setattr__(config, "eos_token_ids", tuple(sorted(eos)))
         return config
+
+    def as_json(self):
+        """The config.json, as a dict, that `load` reads this from."""
+        data = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False} | asdict(self)
+        rope_type, values, eos = data.pop("rope_type"), data.pop("rope_scaling"), data.pop("eos_token_ids")
+        if rope_type != "default":
+            data["rope_scaling"] = {"rope_type": rope_type} | dict(zip(ROPE_FIELDS[rope_type], values))
+        return data | {"eos_token_id": list(eos)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +307,7 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.fingerprint = config, None  # load_llama sets the fingerprint
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -378,6 +388,36 @@ def safetensors_entries(path):
         raise UserError(f"{path}: missing, truncated or not a safetensors file ({e})") from None
 
 
+def write_safetensors(path, tensors):
+    """Write {name: tensor}; at any moment `path` holds the old file or the new one. Needs no NumPy, as safetensors.torch does."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes)
+             for name, t in tensors.items()}
+    write_atomically(path, serialize(specs, {"format": "pt"}))
+
+
+def write_atomically(path, data):
+    """Write bytes so that at any moment `path` holds all of the old ones or all of the new ones."""
+    path = Path(path)
+    try:
+        with open(path.with_name(path.name + ".tmp"), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+
+
+def fingerprint(tensors):
+    """16 hex digits that tell one trained Llama from another: a digest of its norms' weights, the same for a bfloat16 copy."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in tensors if name.endswith("norm.weight")):
+        tensor = tensors[name][1]().bfloat16().contiguous()
+        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+    return digest.hexdigest()[:16]
+
+
 def build(cls, config, device, dtype):
     """A module without weights: shapes on the meta device, then memory on `device` that is not initialised."""
     with torch.device("meta"):
@@ -409,6 +449,7 @@ def load_llama(folder, device="cpu", dtype=torch.float32):
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # some files store the tied matrix twice
     load_weights(model, tensors, folder)
+    model.fingerprint = fingerprint(tensors)
     return model.eval()
 
 

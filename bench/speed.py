@@ -1,12 +1,17 @@
 """Speed and memory of decoding, measured: ratios in one process, methods interleaved token budget by token budget, medians.
 
     python bench/speed.py --model DIR [--adapter DIR]
+    python bench/speed.py --model DIR --adapter DIR --prompts FILE [--each 10] [--temperature 0.8]
 
-Compares, for one prompt of about 100 tokens and the same number of new tokens: vanilla decoding at width 1, vanilla at
-the one shape, Kangaroo if an adapter is given, and the transformers package's greedy `generate` with its default cache
+The first compares, for one prompt of about 100 tokens and the same number of new tokens: vanilla decoding at width 1, vanilla
+at the one shape, Kangaroo if an adapter is given, and the transformers package's greedy `generate` with its default cache
 where that package is installed. Prefill is included in all of them; nobody stops at an end-of-sequence token.
+
+The second decodes many prompts, to their ends, and prints compression rate and speedup against the faster of the two vanilla
+decodings, prompt by prompt interleaved, and whether Kangaroo's tokens equal vanilla's in every run.
 """
 import argparse
+import json
 import platform
 import statistics
 import subprocess
@@ -17,9 +22,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kangaroo import WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
-from llama import KVCache, load_llama, pack  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from kangaroo import (  # noqa: E402
+    STEPS,
+    THRESHOLD,
+    WIDTH,
+    KangarooDrafter,
+    NoDrafter,
+    generate,
+    load_adapter,
+    pick_device_and_dtype,
+)
+from llama import KVCache, Sampler, load_llama, pack  # noqa: E402
+from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
 
 PROMPT = (
     "Kangaroos are large marsupials that live in Australia. They have strong hind legs, a long tail for balance, and a pouch "
@@ -61,6 +75,87 @@ def ours(model, prompt, n, width, adapter=None, exit_layer=None):
     return sum(rounds, []), len(rounds)
 
 
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+
+
+def pick(path, each, skip):
+    """[(category, prompt)]: `each` prompts of each category (Spec-Bench's; others: one category), after the first `skip`."""
+    taken, seen = [], {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line) if line.startswith("{") else {"prompt": line}
+        category = entry.get("category", "prompts")
+        category = "mt_bench" if category in MT_BENCH else category
+        seen[category] = seen.get(category, 0) + 1
+        if skip < seen[category] <= skip + each:
+            taken.append((category, entry.get("prompt") or entry["turns"][0]))
+    return taken
+
+
+def many_prompts(args, model, adapter, facts):
+    """The second table of the docstring."""
+    tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
+    sampler = Sampler(args.temperature, top_p=args.top_p, seed=1)
+    exit_layer, eos = facts["exit_layer"], model.config.eos_token_ids
+    steps = facts.get("steps", STEPS) if args.steps is None else args.steps
+    threshold = facts.get("threshold", THRESHOLD) if args.threshold is None else args.threshold
+
+    def decode(ids, width, kangaroo):
+        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width) if kangaroo else NoDrafter(model)
+        spent, draft = [0.0], drafter.draft
+
+        def timed(*arguments):
+            begin = time.perf_counter()
+            result = draft(*arguments)
+            spent[0] += time.perf_counter() - begin
+            return result
+
+        drafter.draft = timed
+        begin = time.perf_counter()
+        rounds = list(generate(model, drafter, ids, args.new_tokens, steps, sampler, eos, width))
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "drafting": spent[0], "rounds": len(rounds), "ids": [t for r in rounds for t in r.tokens],
+                "drafted": sum(len(r.draft.tokens) for r in rounds), "accepted": sum(r.accepted for r in rounds)}
+
+    methods = {"width 1": (1, False), "one shape": (WIDTH, False), "Kangaroo": (WIDTH, True)}
+    prompts = [(category, tokenizer.encode(render_chat(template, [text]))) for category, text in
+               pick(args.prompts, args.each, args.skip)]
+    prompts = [(category, ids[-args.longest:]) for category, ids in prompts]
+    for method in methods.values():
+        decode(prompts[0][1][:40], *method)  # the first pass over a shape compiles kernels
+    runs = []
+    for i, (category, ids) in enumerate(prompts):
+        results = {name: [] for name in methods}
+        for repeat in range(args.repeats):
+            names = list(methods)[(i + repeat) % 3:] + list(methods)[:(i + repeat) % 3]  # nobody is always first
+            for name in names:
+                results[name].append(decode(ids, *methods[name]))
+        vanilla = results["one shape"][0]["ids"]
+        runs.append((category, {name: r[0] | {"seconds": statistics.median(x["seconds"] for x in r),
+                                              "same": all(x["ids"] == vanilla for x in r)} for name, r in results.items()}))
+        print(f"\r{i + 1}/{len(prompts)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    total = {name: sum(run[name]["seconds"] for _, run in runs) for name in methods}
+    vanilla = min(("width 1", "one shape"), key=total.get)
+    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+    print(f"{Path(args.model).name} · {dtype} · {processor()}, {torch.get_num_threads()} threads · torch {torch.__version__} · "
+          f"exit layer {exit_layer}, γ {steps}, η {threshold} · temperature {args.temperature}")
+    print(f"{'':24} {'prompts':>7} {'tokens':>7} {'compression rate':>17} {'speedup':>8} {'identical':>10}")
+    for name in [*dict.fromkeys(category for category, _ in runs), "all"]:
+        rows = [run for category, run in runs if name in (category, "all")]
+        tokens, rounds = sum(len(run["Kangaroo"]["ids"]) for run in rows), sum(run["Kangaroo"]["rounds"] for run in rows)
+        speedup = statistics.median(run[vanilla]["seconds"] / run["Kangaroo"]["seconds"] for run in rows)
+        print(f"{name:24} {len(rows):7} {tokens:7} {tokens / rounds:17.2f} {speedup:8.2f} "
+              f"{sum(run['Kangaroo']['same'] for run in rows):>3} of {len(rows):3}")
+    tokens = sum(len(run["one shape"]["ids"]) for _, run in runs)
+    drafted, accepted, drafting, rounds = (
+        sum(run["Kangaroo"][key] for _, run in runs) for key in ("drafted", "accepted", "drafting", "rounds"))
+    speeds = ", ".join(f"{name} {sum(len(run[name]['ids']) for _, run in runs) / total[name]:.1f}" for name in methods)
+    print(f"fastest vanilla: {vanilla} · tokens/s, prefill included: {speeds}\n"
+          f"Kangaroo: {drafted / rounds:.2f} tokens drafted a round, {accepted / max(1, drafted):.0%} of them accepted, "
+          f"{drafting / total['Kangaroo']:.0%} of its time drafting, {drafting / (drafted + rounds) * 1e3:.2f} ms a token run; "
+          f"a vanilla step takes {total['one shape'] / tokens * 1e3:.2f} ms")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -69,6 +164,14 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--prompts", help="a prompt a line, or Spec-Bench's JSONL: decode these instead")
+    parser.add_argument("--each", type=int, default=10**9, help="so many prompts of each category")
+    parser.add_argument("--skip", type=int, default=0, help="after the first so many of each category")
+    parser.add_argument("--longest", type=int, default=1024, help="of a longer prompt, only so many last tokens")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, help="γ (default: the adapter's)")
+    parser.add_argument("--threshold", type=float, help="η (default: the adapter's)")
     parser.add_argument("--memory", choices=("nothing", "decode"), help="print the peak memory of doing just this, and stop")
     args = parser.parse_args()
     if args.memory == "nothing":
@@ -78,7 +181,13 @@ def main():
     model = load_llama(args.model, device, dtype)
     weights = sum(p.nbytes for p in model.parameters())
     prompt = Tokenizer(args.model, model.config).encode(PROMPT)
+    if args.adapter:
+        adapter, facts = load_adapter(args.adapter, model)
+        pack(adapter, WIDTH)
     pack(model, WIDTH)
+    if args.prompts:
+        many_prompts(args, model, adapter, facts)
+        return
     if args.memory:
         ours(model, prompt, args.new_tokens, WIDTH)
         print(peak_memory())
@@ -87,8 +196,6 @@ def main():
     methods = {"vanilla, width 1": lambda n: ours(model, prompt, n, 1)[0],
                f"vanilla, one shape (width {WIDTH})": lambda n: ours(model, prompt, n, WIDTH)[0]}
     if args.adapter:
-        adapter, facts = load_adapter(args.adapter, model)
-        pack(adapter, WIDTH)
         methods["Kangaroo"] = lambda n: ours(model, prompt, n, WIDTH, adapter, facts["exit_layer"])[0]
     try:
         import transformers

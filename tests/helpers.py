@@ -54,6 +54,7 @@ class PerfectAdapter:
 
     def __init__(self, model, exit_layer, sign=1):
         self.model, self.exit_layer, self.sign, self.config = model, exit_layer, sign, model.config
+        self.head = self.vocabulary = None
 
     def __call__(self, x, positions, cache):
         return self.sign * self.model.norm(self.model.run_layers(x, positions, cache, self.exit_layer, len(self.model.layers)))

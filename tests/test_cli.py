@@ -461,11 +461,11 @@ def test_a_model_without_an_adapter_says_so(refused, variant):
 
 
 def test_no_default_model(capfd, monkeypatch, tmp_path):
-    """Guards the first run in a fresh clone: it must say how to get a model, and not look like a crash."""
+    """Guards a traceback where the folder of the default model has been deleted."""
     monkeypatch.setattr(kangaroo, "DEFAULT_MODEL", tmp_path / "absent")
     assert kangaroo.main(["--prompt", PROMPT]) == 2
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("kangaroo.py: ") and "--model" in err and "--adapter" in err
+    assert out == "" and err.startswith(f"kangaroo.py: {tmp_path / 'absent'}") and "--model" in err
 
 
 @pytest.mark.parametrize("name, where", [
@@ -511,7 +511,7 @@ def test_published_adapters_draft_as_their_safetensors_do(decode, published, con
     """Guards the other file format: a name or a constant not understood, weights that end up in the wrong place."""
     folder, path = published
     if constant:
-        torch.save(torch.load(path) | {constant: torch.ones(4)}, path)
+        torch.save(torch.load(path, weights_only=True) | {constant: torch.ones(4)}, path)
     args = "--exit-layer", 1, "--threshold", 0, *HOT
     result, expected = decode("--model", folder, "--compare", *args), decode(*args)
     assert result["identical"] and facts(expected).items() <= result.items() and any(result["accepted"])

@@ -1,0 +1,88 @@
+"""Let a model answer the first turns of ShareGPT conversations itself: training text that its adapter meets when it decodes.
+
+    python models/own_answers.py --model DIR --data FILE… --out FILE [--minutes 25]
+
+Greedy, in batches of prompts of one length, which need neither padding nor masks. Writes JSONL of ShareGPT's form for
+train_adapter.py.
+"""
+import argparse
+import collections
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+
+from kangaroo import pick_device_and_dtype
+from llama import KVCache, load_llama, pack
+from tokenizer import Tokenizer, find_chat_template, render_chat
+from train_adapter import read_documents
+
+
+@torch.inference_mode()
+def answers(model, prompts, max_new_tokens):
+    """Prompts, lists of ids of one length -> lists of ids, to the end-of-sequence token or max_new_tokens."""
+    length, alive = len(prompts[0]), list(range(len(prompts)))
+    room = length + max_new_tokens
+    cache = KVCache.zeros(model.config, len(model.layers), room, model.norm.weight)
+    for rows in (cache.k, cache.v):
+        rows[:] = [row.expand(len(prompts), -1, -1, -1).contiguous() for row in rows]
+    ids = torch.tensor(prompts, device=model.norm.weight.device)
+    result, position = [[] for _ in prompts], 0
+    while alive:
+        positions = torch.arange(position, position + ids.shape[1], device=ids.device)
+        position += ids.shape[1]
+        x = model.run_layers(model.embed_tokens(ids), positions, cache.view(position), 0, len(model.layers))
+        ids = model.logits(x[:, -1]).max(-1).indices[:, None]
+        for i, token in zip(alive, ids[:, 0].tolist()):
+            result[i].append(token)
+        rows = [row for row, i in enumerate(alive) if result[i][-1] not in model.config.eos_token_ids]
+        if position + 1 >= room:
+            break
+        if len(rows) < len(alive):  # those that have ended leave the batch
+            alive, ids = [alive[row] for row in rows], ids[rows]
+            cache.k[:], cache.v[:] = [k[rows] for k in cache.k], [v[rows] for v in cache.v]
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--longest", type=int, default=300, help="leave out prompts of more tokens")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--dtype")
+    parser.add_argument("--device")
+    args = parser.parse_args()
+    model = pack(load_llama(args.model, *pick_device_and_dtype(args)), args.batch)
+    tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
+    by_length = collections.defaultdict(list)
+    for first in dict.fromkeys(document[0] for path in args.data for document in read_documents(path) if len(document) > 1):
+        ids = tokenizer.encode(render_chat(template, [first]))
+        by_length[len(ids)].append((first, ids))
+    batches = [group[i:i + args.batch] for length, group in by_length.items() if length <= args.longest
+               for i in range(0, len(group), args.batch)]
+    batches = [batch for batch in batches if len(batch) >= args.batch // 2]
+    random.Random(0).shuffle(batches)
+    begin, tokens = time.perf_counter(), 0
+    with open(args.out, "w", encoding="utf-8") as out:
+        for batch in batches:
+            for (first, _), ids in zip(batch, answers(model, [ids for _, ids in batch], args.max_new_tokens)):
+                tokens += len(ids)
+                turns = [{"from": "human", "value": first}, {"from": "gpt", "value": tokenizer.decode(ids)}]
+                out.write(json.dumps({"conversations": turns}) + "\n")
+            seconds = time.perf_counter() - begin
+            print(f"\r{tokens} tokens, {tokens / seconds:.0f}/s", end="", file=sys.stderr, flush=True)
+            if seconds > 60 * args.minutes:
+                break
+    print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,717 @@
+"""Training, end to end on a tiny model folder: what is learned, from which text, and that no run is lost, doubled or mispaired."""
+import copy
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TEXT, TINY, random_model, random_weights, save_file, write_model
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import kangaroo
+import train_adapter
+from kangaroo import ADAPTERS, KangarooDrafter, generate, load_adapter
+from llama import KVCache, LlamaConfig, UserError, load_llama
+from tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
+from train_adapter import Target, batches_of, document_of, encode, is_held_out, most_frequent, read_documents, split
+
+SCRIPT = Path(train_adapter.__file__).resolve()
+PAIRS = [(None, "cross-entropy"), (20, "acceptance")]  # --vocabulary and --loss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads make a tiny model slower, and on a busy machine ten times as slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sentences(seed, n):
+    return " ".join(random.Random(seed).choices(TEXT, k=n))
+
+
+def share_gpt(i):
+    turns = [("human", f"{i} {sentences(i, 1)}"), ("gpt", sentences(i, 2)), ("human", sentences(-i, 1)), ("gpt", sentences(i, 3))]
+    return {"id": str(i), "conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and 40 documents as ShareGPT and as plain text."""
+    folder = tmp_path_factory.mktemp("train")
+    write_model(folder / "model")
+    (folder / "chats.json").write_text(json.dumps([share_gpt(i) for i in range(40)]))
+    (folder / "plain.txt").write_text("\n\n".join(f"{i} {sentences(i, 3)}" for i in range(40)))
+    return folder
+
+
+def words(folder, out, *args, data="chats.json"):
+    """The words of a command line; later ones win, so `args` may name the defaults again."""
+    common = ["--model", folder / "model", "--data", folder / data, "--out", out, "--exit-layer", 1, "--device", "cpu",
+              "--dtype", "float32", "--chat", "vicuna", "--max-length", 120, "--batch-tokens", 600, "--batches", 2, "--window", 20,
+              "--updates", 4, "--warmup", 2, "--lr", 0.01, "--eval-prompts", 1, "--eval-documents", 4]
+    return [str(word) for word in [*common, *args]]
+
+
+@pytest.fixture
+def train(folder, tmp_path, capfd):
+    """Train in this process; returns (exit status, stderr)."""
+    def run(*args, out="out", **kwargs):
+        status = train_adapter.main(words(folder, tmp_path / out, *args, **kwargs))
+        out, err = capfd.readouterr()
+        assert out == ""
+        return status, err
+    return run
+
+
+@pytest.fixture
+def refused(train, recwarn):
+    """Check that a command line is refused as a user should see it: status 2, one line that has all `parts`."""
+    def run(parts, *args, **kwargs):
+        status, err = train(*args, **kwargs)
+        assert status == 2 and re.fullmatch(r"train_adapter\.py: [^\n]+\n", err), err
+        assert not recwarn.list, "a warning would be a second line"
+        for part in [parts] if isinstance(parts, str) else parts:
+            assert part in err
+    return run
+
+
+def log_of(out):
+    """The log's lines on updates, and those on held-out data."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "held_out" not in line], [line for line in lines if "held_out" in line]
+
+
+def same_weights(a, b):
+    a, b = load_file(a / "adapter.safetensors"), load_file(b / "adapter.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is learned
+
+@pytest.mark.parametrize("vocabulary", [[], ["--vocabulary", 60]], ids=["all", "some"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "acceptance"])
+@pytest.mark.parametrize("architecture, data", [("attention", "chats.json"), ("layer", "plain.txt")])
+def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
+    """Guards training as such: a gradient that is zero, of the wrong sign or cleared too early, or broken by an evaluation."""
+    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates", 30, "--passes", 30,
+                        "--eval-every", 15, data=data)
+    updates, held_out = log_of(tmp_path / "out")
+    assert status == 0 and [line["step"] for line in updates] == list(range(1, 31)), err
+    losses = [line["loss"] for line in updates]
+    assert sum(losses[-3:]) / 3 < 0.9 * losses[0]
+    assert updates[-1]["acceptance"] > updates[0]["acceptance"] + 0.02
+    before, after = (line["held_out"] for line in held_out)
+    assert after["loss"] < before["loss"] and 1 <= after["compression_rate"] <= 7
+
+
+def tiny_target(architecture="layer", n=None, seed=0):
+    """A Target in memory, an adapter that fits it, a batch whose every third position is padding or not to be learned."""
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = random_model(seed=seed)
+    vocabulary = None if n is None else torch.randperm(TINY.vocab_size, generator=generator)[:n].sort().values
+    adapter = random_weights(ADAPTERS[architecture](replace(TINY, num_hidden_layers=1)), seed + 1)
+    ids = torch.randint(TINY.vocab_size, (3, 17), generator=generator)
+    return Target(model, 1, vocabulary), adapter, ids, torch.rand(3, 17, generator=generator) < 0.6
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+@pytest.mark.parametrize("n, kind", PAIRS)
+def test_gradients_reach_the_adapter_alone(architecture, n, kind):
+    """Guards the frozen target: a parameter of its that is trained, or one of the adapter's that is not."""
+    target, adapter, *batch = tiny_target(architecture, n)
+    target.loss(adapter, target.states(*batch), kind, scale=1.0)
+    for name, p in adapter.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+    assert not any(p.requires_grad or p.grad is not None for p in target.model.parameters())
+    assert not target.head.requires_grad
+
+
+def test_training_leaves_the_target_as_it_is(train, folder, monkeypatch):
+    """Guards the frozen target: weights that share memory with the adapter's, as its final norm might."""
+    models = []
+    monkeypatch.setattr(train_adapter, "load_llama", lambda *args: models.append(load_llama(*args)) or models[0])
+    assert train("--vocabulary", 50, "--architecture", "layer")[0] == 0
+    before = dict(load_llama(folder / "model").named_parameters())
+    assert models and all(torch.equal(before[name], p) for name, p in models[0].named_parameters())
+
+
+def direct(target, adapter, ids, learn, kind):
+    """(loss, Σ min(p, q), agreement, count) in float64, in one piece, by the definition; differentiable."""
+    model = copy.deepcopy(target.model).double()
+    positions = torch.arange(ids.shape[1])
+    x = model.run_layers(model.embed_tokens(ids), positions, None, 0, target.exit_layer)
+    subset = torch.arange(TINY.vocab_size) if target.vocabulary is None else target.vocabulary
+    whole = model(ids)[learn].softmax(-1)
+    p, q = whole[:, subset], model.lm_head(adapter(x, positions)[learn])[:, subset].softmax(-1)
+    overlap = torch.minimum(p, q).sum(-1)
+    loss = -(p * q.log()).sum() if kind == "cross-entropy" else -overlap.log().sum()
+    return loss, overlap.sum(), (subset[q.argmax(-1)] == whole.argmax(-1)).sum(), learn.sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+@pytest.mark.parametrize("architecture", ADAPTERS)
+@pytest.mark.parametrize("n", [None, 20])
+@pytest.mark.parametrize("kind", ["cross-entropy", "acceptance"])
+def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk):
+    """Guards the loss in chunks: a chunk left out or counted twice, p renormalised over the subset, a wrong gradient."""
+    monkeypatch.setattr(Target, "CHUNK", chunk)
+    target, adapter, *batch = tiny_target(architecture, n, seed=3)
+    exact = copy.deepcopy(adapter).double()
+    expected = direct(target, exact, *batch, kind)
+    (0.25 * expected[0]).backward()
+    states = target.states(*batch)
+    sums = target.loss(adapter, states, kind, scale=0.25, autocast=None)
+    assert torch.allclose(sums, torch.stack([e.detach().double() for e in expected]), rtol=1e-5)
+    assert torch.equal(sums[2:], torch.stack(expected[2:]).double())
+    for (name, p), q in zip(adapter.named_parameters(), exact.parameters()):
+        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-3, atol=1e-5 * q.grad.abs().max().item()), name
+    assert torch.equal(target.loss(adapter, states, kind, autocast=None), sums)  # without gradients, as evaluations do
+
+
+def test_gradients_add_up_over_batches():
+    """Guards an update of several batches: gradients that replace those of the batch before."""
+    target, adapter, ids, learn = tiny_target()
+    target.loss(adapter, target.states(ids, learn), "cross-entropy", scale=0.1, autocast=None)
+    whole = [p.grad.clone() for p in adapter.parameters()]
+    adapter.zero_grad()
+    for row in range(3):
+        target.loss(adapter, target.states(ids[row:row + 1], learn[row:row + 1]), "cross-entropy", scale=0.1, autocast=None)
+    assert all(torch.allclose(p.grad, w, rtol=1e-3, atol=1e-5) for p, w in zip(adapter.parameters(), whole))
+
+
+def test_padding_teaches_nothing():
+    """Guards batches of unequal lengths: what stands behind a document changes its loss."""
+    target, adapter, ids, learn = tiny_target()
+    learn[:, 10:] = False
+    sums = [target.loss(adapter, target.states(x, y), "acceptance", autocast=None)
+            for x, y in ((ids, learn), (ids.clone().index_fill_(1, torch.arange(10, 17), 0), learn), (ids[:, :10], learn[:, :10]))]
+    assert torch.equal(sums[0], sums[1]) and torch.allclose(sums[0], sums[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+@pytest.mark.parametrize("strides", [[1], [2, 1], [8, 3, 5, 20]])
+def test_the_adapter_decodes_as_it_was_trained(architecture, strides):
+    """Guards the two ways to run an adapter, whole and from a cache: other positions, masks or residuals teach another model."""
+    adapter = random_weights(ADAPTERS[architecture](replace(TINY, num_hidden_layers=1)), 5).double().requires_grad_(False)
+    x = torch.randn(1, 150, TINY.hidden_size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    drafter = KangarooDrafter(random_model(), adapter, 1)
+    drafter.cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
+    whole, end, i = adapter(x, torch.arange(150))[0], 0, 0
+    while (end := end + strides[i % len(strides)]) <= 150:
+        i += 1
+        assert (drafter.adapt(end) - whole[end - 1]).abs().max() < 1e-10
+    assert i >= 15
+    assert (adapter(x, 2 * torch.arange(150))[0] - whole).abs().amax(-1)[1:].min() > 1e-3, "positions make no difference"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens are learned
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    """The model's tokenizer with the special tokens of all templates."""
+    copied = shutil.copytree(folder / "model", folder / "special")
+    added = {340 + i: {"content": token, "special": True} for i, token in enumerate(SPECIAL)}
+    (copied / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    return Tokenizer(copied, replace(LlamaConfig.load(copied), vocab_size=352))
+
+
+EOS = 2, 341, 344  # </s>, <|im_end|>, <|eot_id|>
+
+
+class Characters:
+    """A tokenizer that keeps every character, blanks too; a special token is one id."""
+    specials = dict(zip(["<s>", "</s>", *SPECIAL], [1, 2, *range(340, 345)]))
+
+    def encode(self, text):
+        parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text)
+        return [1] + [i for part in parts for i in ([self.specials[part]] if part in self.specials else map(self.id, part))]
+
+    def id(self, character):
+        return ord(character) + 1000
+
+    def decode(self, ids):
+        return "".join(chr(i - 1000) for i in ids if i >= 1000)
+
+
+def marked(ids, learn):
+    """The runs of ids that are to be learned."""
+    runs = [[]]
+    for i, wanted in zip(ids, learn):
+        runs[-1].append(i) if wanted else runs.append([])
+    return [run for run in runs if run]
+
+
+def assert_answers_are_marked(document, tokenizer, name):
+    template, answers = CHAT_TEMPLATES[name], document[1::2]
+    ids, learn = encode(document, tokenizer, template, EOS, 10 ** 6)
+    runs = marked(ids, learn)
+    assert len(ids) == len(learn) and [tokenizer.decode(run).strip() for run in runs] == answers
+    for run in runs:
+        assert [i in EOS for i in run] == [False] * (len(run) - 1) + [name != "none"]
+    for i in range(1, len(document), 2):
+        prompt = tokenizer.encode(render_chat(template, document[:i]))
+        assert ids[:len(prompt)] == prompt and learn[len(prompt) - 1:len(prompt) + 1] == [False, True]
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@pytest.mark.parametrize("turns", [2, 4, 6])
+def test_answers_are_learned_and_nothing_else(tokenizer, name, turns):
+    """Guards the mask: prompts or the template's own words learned, answers or their ends not, a prompt unlike in decoding."""
+    document = [TEXT[(turns + i) % 3] for i in range(turns)]
+    assert_answers_are_marked(document, tokenizer, name)
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@given(pairs=st.lists(st.tuples(text, text.map(str.strip).filter(bool)), min_size=1, max_size=4))
+def test_any_answers_are_learned_and_nothing_else(name, pairs):
+    """Guards the mask against text that looks like the template's, has braces or blanks."""
+    assert_answers_are_marked([turn for pair in pairs for turn in pair], Characters(), name)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_blanks_around_an_answer_move_no_mark(name):
+    """Guards several turns: an answer with blanks around it, as ShareGPT has them, shifts what is learned against the tokens."""
+    document = ["one", " two \n\n", "three", "\n four "]
+    ids, learn = encode(document, Characters(), CHAT_TEMPLATES[name], EOS, 1000)
+    assert [Characters().decode(run).strip() for run in marked(ids, learn)] == ["two", "four"]
+
+
+def test_a_plain_text_is_learned_whole(tokenizer):
+    """Guards plain text: a token lost, the end of sequence missing, or the first token learned, which nothing predicts."""
+    ids, learn = encode(TEXT[0], tokenizer, CHAT_TEMPLATES["chatml"], (2,), 1000)
+    assert ids == tokenizer.encode(TEXT[0]) + [2] and learn == [False] + [True] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("document", [TEXT[0], TEXT[:2], [*TEXT, *TEXT]], ids=["text", "one answer", "four answers"])
+@pytest.mark.parametrize("eos", [(), EOS], ids=["no eos", "eos"])
+def test_documents_are_cut(tokenizer, document, eos):
+    """Guards --max-length: longer rows than it allows, a mask of another length, or a cut that changes what is before it."""
+    template = CHAT_TEMPLATES["chatml"]
+    ids, learn = encode(document, tokenizer, template, eos, 1000)
+    for length in range(1, len(ids) + 2):
+        cut_ids, cut_learn = encode(document, tokenizer, template, eos, length)
+        assert len(cut_ids) == len(cut_learn) <= length
+        n = min(length, len(ids)) - (isinstance(document, str) and bool(eos))  # there an end of sequence follows the cut
+        assert (cut_ids[:n], cut_learn[:n]) == (ids[:n], learn[:n])
+
+
+examples = st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=12), max_size=20)
+
+
+@given(examples=examples, batch_tokens=st.integers(12, 60))
+def test_batches_hold_every_example_once(examples, batch_tokens):
+    """Guards batching: an example lost or doubled, a mask not moved to the position that predicts, padding learned, B·T too large."""
+    examples = [tuple(map(list, zip(*example))) for example in examples]
+    found = []
+    for ids, learn in batches_of(examples, batch_tokens):
+        assert ids.shape == learn.shape and 0 < ids.numel() <= batch_tokens and learn.dtype == torch.bool
+        assert not ids[:, -1].eq(0).all(), "longer than its longest row"
+        for row, wanted in zip(ids.tolist(), learn.tolist()):
+            n = next((i for i, token in enumerate(row) if token == 0), len(row))  # no token is 0 here
+            assert not any(row[n:]) and not any(wanted[n - 1:])
+            found.append((row[:n], wanted[:n - 1]))
+    assert sorted(found) == sorted((ids, learn[1:]) for ids, learn in examples if any(learn[1:]))
+
+
+def test_the_vocabulary_is_the_most_frequent_learned_tokens():
+    """Guards --vocabulary: counted over prompts too, without the end of sequence, unsorted, or with a wrong share of the text."""
+    documents = [([9, 9, 9, 5, 5, 7, 2], [False] * 3 + [True] * 4), ([9, 9, 5, 7, 6, 2], [False] * 2 + [True] * 4)]
+    ids, coverage = most_frequent(documents, 3, lambda document: document, 12, (2,))
+    assert ids.tolist() == [2, 5, 7] and coverage == pytest.approx(7 / 8)
+    ids, coverage = most_frequent(documents, 12, lambda document: document, 12, (2,))
+    assert ids.tolist() == list(range(12)) and coverage == 1
+
+
+def test_a_document_is_on_one_side_everywhere(folder):
+    """Guards held-out data: a prompt trained on from one file and held out from another, or the two parts of split() overlapping."""
+    for i in range(300):
+        prompt = f"{i} {TEXT[0]}"
+        sides = {is_held_out(d) for d in (prompt, [prompt, "one answer"], [prompt, "another", "And then?", "no more"],
+                                          prompt + "\n", ["\n" + prompt, "one answer"])}  # as the last of a file has it
+        assert len(sides) == 1
+    held = sum(is_held_out(f"{i}") for i in range(64 * 100))
+    assert 60 < held < 140
+    path = folder / "many.txt"
+    path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
+    rest, held = split(Namespace(data=[path, path], allow_truncated=False))
+    assert held and not any(map(is_held_out, rest)) and all(map(is_held_out, held)) and len(rest) + len(held) == 1000
+
+
+def test_training_sees_no_held_out_document(train, folder, monkeypatch):
+    """Guards the figures on held-out data: a document of theirs that is trained on."""
+    path, seen = folder / "many.txt", []
+    path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
+    real = train_adapter.windows
+    monkeypatch.setattr(train_adapter, "windows", lambda documents, *args: seen.extend(documents) or real(documents, *args))
+    assert train("--updates", 1, data="many.txt")[0] == 0
+    assert 480 < len(seen) < 500 and not any(map(is_held_out, seen))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming, several processes
+
+LONG = ["--updates", 12, "--passes", 2, "--save-every", 3, "--window", 20, "--batch-tokens", 300]
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """(the folder of an uninterrupted run, the folder of one that was killed after its first checkpoint)."""
+    assert train_adapter.main(words(folder, folder / "one go", *LONG)) == 0
+    out = folder / "killed"
+    # Decoding many prompts after each update leaves seconds in which to kill it.
+    args = words(folder, out, *LONG, "--eval-every", 1, "--eval-prompts", 40)
+    with open(folder / "stderr", "w") as err, subprocess.Popen([sys.executable, SCRIPT, *args], stderr=err) as process:
+        while not (out / "checkpoint.pt").exists():
+            assert process.poll() is None, (folder / "stderr").read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    return folder / "one go", out
+
+
+@pytest.fixture
+def resumable(killed, tmp_path):
+    """A copy of the killed run's folder where `train` writes."""
+    return shutil.copytree(killed[1], tmp_path / "out")
+
+
+def test_a_killed_run_resumes_exactly(train, killed, resumable):
+    """Guards --resume: optimizer, order, place in a window or learning rate lost; a log with steps doubled or half written."""
+    state = torch.load(resumable / "checkpoint.pt", weights_only=True)
+    assert 3 <= state["step"] < 12 and state["update"] > 0, "not killed inside a window"
+    assert not (resumable / "adapter.safetensors").exists()
+    with open(resumable / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
+    status, err = train(*LONG, "--resume")
+    assert status == 0, err
+    assert same_weights(resumable, killed[0])
+    assert [[line["step"] for line in lines] for lines in log_of(resumable)] == [[*range(1, 13)], [*range(1, state["step"] + 1), 12]]
+    assert [line["loss"] for line in log_of(resumable)[0]] == [line["loss"] for line in log_of(killed[0])[0]]
+    assert not list(resumable.glob("*.tmp"))
+
+
+def test_a_finished_run_resumes_to_the_same(train, killed, tmp_path):
+    """Guards --resume of a run that was stopped between its last checkpoint and its adapter."""
+    out = shutil.copytree(killed[0], tmp_path / "out")
+    (out / "adapter.safetensors").unlink()
+    status, err = train(*LONG, "--resume")
+    assert status == 0 and same_weights(out, killed[0]), err
+
+
+def test_another_seed_gives_another_adapter(train, killed, tmp_path):
+    """Guards the comparisons here: adapters that are equal because nothing was trained."""
+    assert train(*LONG, "--seed", 1)[0] == 0
+    assert not same_weights(tmp_path / "out", killed[0])
+
+
+@pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3), ("--loss", "acceptance"), ("--vocabulary", 60),
+                                           ("--batches", 1), ("--architecture", "layer"), ("--seed", 7), ("--updates", 13),
+                                           ("--chat", "chatml")])
+def test_other_options_are_refused_on_resuming(refused, resumable, option, value):
+    """Guards --resume: a run that goes on with other options and equals neither run."""
+    refused(["checkpoint.pt", option.strip("-"), str(value)], *LONG, option, value, "--resume")
+
+
+def test_another_model_is_refused_on_resuming(refused, resumable, tmp_path):
+    """Guards --resume: a half-trained adapter trained on for another model of the same shape."""
+    write_model(tmp_path / "other", seed=1)
+    refused(["checkpoint.pt", "target"], *LONG, "--resume", "--model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "other"])
+def test_a_damaged_checkpoint_is_refused(refused, resumable, damage):
+    """Guards --resume: a traceback, or a new start without a word, where the checkpoint is not one."""
+    path = resumable / "checkpoint.pt"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:len(data) // 2], "text": b"no checkpoint"}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other":
+        torch.save({"weights": {}}, path)
+    refused("checkpoint.pt", *LONG, "--resume")
+
+
+def test_a_checkpoint_is_not_overwritten(refused, resumable):
+    """Guards a long run: lost because the same command line was given again without --resume."""
+    before = (resumable / "checkpoint.pt").read_bytes(), (resumable / "log.jsonl").read_bytes()
+    refused(["--out", "--resume"], *LONG)
+    assert before == ((resumable / "checkpoint.pt").read_bytes(), (resumable / "log.jsonl").read_bytes())
+
+
+def processes(args, n=2):
+    """Run the script with torchrun."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-addr", "127.0.0.1",
+               "--master-port", str(port), SCRIPT, *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_two_processes_train_the_same_adapter(train, folder, tmp_path):
+    """Guards several GPUs: gradients averaged over batches instead of tokens, batches seen twice, files written by both."""
+    args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2, "--save-every", 2
+    result = processes(words(folder, tmp_path / "two", *args))
+    assert result.returncode == 0, result.stderr
+    assert train(*args)[0] == 0
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("out", "two"))
+    assert one["tokens"] == two["tokens"]
+    for name, weight in one["weights"].items():
+        assert torch.allclose(weight, two["weights"][name], rtol=1e-3, atol=1e-5), name
+    assert [line["step"] for line in log_of(tmp_path / "two")[0]] == [*range(1, 7)]
+
+
+def test_batches_that_do_not_divide_are_refused(folder, tmp_path):
+    """Guards several processes: some that wait for ever for one which has no batch."""
+    result = processes(words(folder, tmp_path / "out", "--batches", 3))
+    assert result.returncode != 0 and not (tmp_path / "out" / "log.jsonl").exists()
+    lines = [line for line in result.stderr.splitlines() if line.startswith("train_adapter.py: ")]
+    assert lines and all("--batches 3" in line and "2 processes" in line for line in lines)
+    assert "Traceback" not in result.stderr.replace("traceback : To enable traceback", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data files
+
+ENTRIES = [share_gpt(i) for i in range(3)] + [{"text": "A \u201ctext\u201d,\nof two lines and [brackets] {}."}]
+DOCUMENTS = [[m["value"] for m in entry["conversations"]] if "text" not in entry else entry["text"] for entry in ENTRIES]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", [
+    json.dumps(ENTRIES), json.dumps(ENTRIES, indent=2, ensure_ascii=False), "\n".join(map(json.dumps, ENTRIES)) + "\n\n",
+    "\ufeff" + json.dumps(ENTRIES, ensure_ascii=False), "\n \n" + "\r\n".join(map(json.dumps, ENTRIES))])
+def test_all_forms_read_alike(tmp_path, form, packed):
+    """Guards reading: an entry lost or changed by the form of the file, its line ends, its byte-order mark or gzip."""
+    path = tmp_path / ("data.json" + ".gz" * packed)
+    (gzip.open if packed else open)(path, "wb").write(form.encode())
+    assert read_documents(path) == DOCUMENTS
+
+
+def test_plain_text_is_split_at_blank_lines(tmp_path):
+    """Guards plain text: documents joined, split at a line end, or empty."""
+    path = tmp_path / "data.txt"
+    path.write_text("\nOne\nand more\n\n\n\nTwo\n\n")
+    assert [document.strip() for document in read_documents(path)] == ["One\nand more", "Two"]
+
+
+@pytest.mark.parametrize("turns, kept", [
+    ("system:s human:a gpt:b", "a b"), ("gpt:b human:a gpt:b", "a b"), ("human:a gpt:b human:c", "a b"), ("human:a", ""),
+    ("human:a gpt:b human:c human:d gpt:e", "a b"), ("human:a gpt:b gpt:c human:d gpt:e", "a b"), ("", ""), ("gpt:b", ""),
+    ("human:a gpt:b human:c gpt:", "a b"), ("human: human:a gpt:b", "a b"), ("human:a tool:x gpt:b", ""),
+    ("user:a assistant:b", "a b"), ("user:a chatgpt:b bing:c", "a b"), ("human:a gpt:", "")])
+def test_odd_conversations(turns, kept):
+    """Guards real ShareGPT: an answer learned behind a turn that is not its prompt, or a crash."""
+    messages = [dict(zip(("from", "value"), turn.split(":"))) for turn in turns.split()]
+    assert document_of({"conversations": messages}, "here") == kept.split()
+    messages = [{"role": m["from"], "content": m["value"] or None} for m in messages]
+    assert document_of({"messages": messages}, "here") == kept.split()
+
+
+ONE = json.dumps({"text": TEXT[0]})
+
+
+@pytest.mark.parametrize("name, data, parts", [
+    ("bad.jsonl", f"{ONE}\n\n{ONE[:-5]}\n{ONE}", ["bad.jsonl:3", "not valid JSON"]),
+    ("bad.jsonl", f"{ONE}\n[1]", ["bad.jsonl:2", "conversations"]),
+    ("bad.jsonl", f"{ONE}\n" + '{"text": 5}', ["bad.jsonl:2", "conversations"]),
+    ("bad.json", f"[{ONE},\n{ONE},\n{ONE[:-5]}", ["bad.json:3", "2 entries", "--allow-truncated"]),
+    ("bad.json", f"[{ONE},\n{ONE},\n", ["bad.json:3", "2 entries", "--allow-truncated"]),
+    ("bad.json", f"[{ONE}\n{ONE}]", ["bad.json:1", "--allow-truncated"]),
+    ("bad.json", "[", ["bad.json:1", "0 entries"]),
+    ("bad.json", f"[{ONE},\n 1]", ["bad.json:2", "conversations"]),
+    ("bad.json", "[" * 100_000, ["bad.json:1", "0 entries"]),
+    ("bad.jsonl", '{"text":' * 100_000, ["bad.jsonl:1", "not valid JSON"]),
+    ("bad.json", "[]", "no document"), ("bad.txt", "", "no document"), ("bad.txt", " \n\n\n ", "no document"),
+    ("bad.json", json.dumps([{"conversations": "human"}]), "bad.json:1"), ("bad.json", json.dumps([{"conversations": [1]}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": [{"from": "human", "value": 5}]}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": [{"from": ["human"], "value": "a"}]}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": []}]), "no document"),
+    ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read"]),
+    ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
+    ("bad.json.gz", gzip.compress(ONE.encode() * 50)[:-20], ["bad.json.gz", "cannot be read"]),
+    ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500, ["bad.json.gz", "cannot be read"]),
+    ("missing.json", None, ["missing.json", "cannot be read"])])
+def test_damaged_data_is_refused(refused, folder, tmp_path, name, data, parts):
+    """Guards a user's data: a traceback, a line that does not say where, or half a file learned without a word."""
+    if data is not None:
+        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    refused(parts, "--data", folder / "plain.txt" if "no document" not in parts else tmp_path / name, tmp_path / name)
+
+
+def test_a_truncated_list_is_taken_when_asked_to(train, folder, tmp_path):
+    """Guards --allow-truncated: refused all the same, without a warning, or with entries lost."""
+    path = tmp_path / "cut.json"
+    path.write_text(json.dumps([share_gpt(i) for i in range(30)], indent=1)[:-200])
+    status, err = train("--data", path, "--allow-truncated")
+    assert status == 0 and "warning: " in err and "cut.json" in err and " 29 entries" in err and "29 documents" in err
+
+
+def test_half_a_character_is_no_crash(train, tmp_path):
+    """Guards JSON's escapes: a lone surrogate, which web data has, ends in a traceback of the tokenizer."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {sentences(i, 2)} \ud83e"}) + "\n" for i in range(40)))
+    status, err = train("--data", path)
+    assert status == 0, err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter
+
+@pytest.fixture(scope="module", params=[("attention", ()), ("layer", ("--vocabulary", 60))], ids=["attention", "layer of 60 tokens"])
+def adapter(request, folder):
+    """The folder of a trained adapter."""
+    architecture, more = request.param
+    out = folder / f"adapter {architecture}"
+    assert train_adapter.main(words(folder, out, "--architecture", architecture, *more, "--updates", 30, "--passes", 10)) == 0
+    return out
+
+
+def decode(folder, adapter, *args):
+    return kangaroo.main([str(word) for word in [
+        "--model", folder / "model", "--adapter", adapter, "--device", "cpu", "--dtype", "float32", "--prompt", TEXT[0],
+        "--max-new-tokens", 40, "--chat", "vicuna", *args]])
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--top-p", 0.9]], ids=["greedy", "sampled"])
+def test_a_trained_adapter_decodes_losslessly(folder, adapter, capfd, sampling):
+    """Guards what training is for: an adapter that kangaroo.py cannot load, or that changes the text."""
+    assert decode(folder, adapter, "--compare", "--threshold", 0, *sampling) == 0
+    out, err = capfd.readouterr()
+    assert "1 of 1 identical to vanilla" in out and "accepted by draft position" in out and "exit layer 1" in err
+
+
+def test_the_saved_adapter_is_the_trained_one(folder, adapter):
+    """Guards saving: weights under wrong names, of another step, or without the facts that decoding goes by."""
+    data = json.loads((adapter / "config.json").read_text())
+    trained = torch.load(adapter / "checkpoint.pt", weights_only=True)["weights"]
+    loaded, facts = load_adapter(adapter, load_llama(folder / "model"))
+    for name, weight in trained.items():
+        assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
+    assert type(loaded) is ADAPTERS[data["architecture"]] and facts["exit_layer"] == 1
+    assert data["training"]["updates"] == 30 and data["chat_template"] == "vicuna"
+    if loaded.vocabulary is not None:
+        assert len(loaded.vocabulary) == 60 and 2 in loaded.vocabulary and 0 < data["training"]["vocabulary_coverage"] <= 1
+
+
+def test_drafts_come_from_the_vocabulary(folder, tmp_path):
+    """Guards a smaller vocabulary: drafts by their number in it instead of their id, from outside of it, or not the likeliest."""
+    assert train_adapter.main(words(folder, tmp_path, "--vocabulary", 60)) == 0
+    model = load_llama(folder / "model")
+    adapter, _ = load_adapter(tmp_path, model)
+    vocabulary, drafted = adapter.vocabulary, 0
+
+    class Watched(KangarooDrafter):
+        def predict(self, x):
+            logits, sure = super().predict(x)
+            subset = model.lm_head(x)[:, vocabulary]
+            assert logits.shape == (1, 340) and logits.argmax() == vocabulary[subset.argmax()]
+            assert torch.allclose(sure, subset.softmax(-1).max(-1).values)
+            return logits, sure
+
+    for prompt in ([1, 5, 9], [1, 300, 7, 320]):
+        for round_ in generate(model, Watched(model, adapter, 1, threshold=0), prompt, 40):
+            drafted += len(round_.draft.tokens)
+            assert set(round_.draft.tokens) <= set(vocabulary.tolist())
+    assert drafted > 50
+
+
+def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capfd):
+    """Guards against a slow mispairing: a model of the same shape with other weights, with which nothing would be accepted."""
+    write_model(tmp_path / "model", seed=1)
+    assert decode(tmp_path, adapter) == 2
+    assert re.fullmatch(r"kangaroo\.py: [^\n]*another model[^\n]*\n", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("architecture", ["mamba", ["layer"], 1])
+def test_an_unknown_architecture_is_refused(folder, adapter, tmp_path, capfd, architecture):
+    """Guards an adapter of a later version: run as another architecture, or a traceback."""
+    copied = shutil.copytree(adapter, tmp_path / "adapter")
+    data = json.loads((copied / "config.json").read_text()) | {"architecture": architecture}
+    (copied / "config.json").write_text(json.dumps(data))
+    assert decode(folder, copied) == 2
+    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer\n", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("vocabulary", [[0, 340], [-1, 5], [], [[1, 2]], [0.5, 1]])
+def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocabulary):
+    """Guards --vocabulary's tensor: ids that no row of the LM head belongs to, or none."""
+    copied = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(copied / "adapter.safetensors")
+    tensors["vocabulary"] = torch.tensor(vocabulary)
+    save_file({name: t.float() for name, t in tensors.items()}, copied / "adapter.safetensors")
+    assert decode(folder, copied) == 2
+    assert re.fullmatch(r"kangaroo\.py: [^\n]*vocabulary must be [^\n]*\n", capfd.readouterr().err)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors a user makes
+
+@pytest.mark.parametrize("args, parts", [
+    (["--model", "nowhere"], ["nowhere", "--model"]), (["--exit-layer", 4], ["--exit-layer 4", "4 layers"]),
+    (["--exit-layer", -1], "--exit-layer -1"), (["--exit-layer", "two"], "--exit-layer"), (["--updates", 0], "--updates 0"),
+    (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]), (["--architecture", "mlp"], ["mlp", "attention", "layer"]),
+    (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]), (["--passes", 0], "--passes 0"),
+    (["--window", 1], "--window 1"), (["--vocabulary", 0], "--vocabulary 0"), (["--vocabulary", -5], "--vocabulary -5"),
+    (["--vocabulary", 341], ["--vocabulary 341", "340"]), (["--eval-documents", 0], "--eval-documents 0"),
+    (["--eval-prompts", -1], "--eval-prompts -1"), (["--lr", -1], "--lr -1"), (["--lr", "nan"], "--lr nan"), (["--clip", 0], "--clip 0"),
+    (["--chat", "alpaca"], ["--chat alpaca", "chatml"]), (["--dtype", "int8"], "--dtype int8"), (["--device", "tpu"], "--device tpu"),
+    (["--colour"], "--colour"), (["--max-length", 2], "--max-length")])
+def test_a_wrong_option_is_refused(train, args, parts):
+    """Guards a user's mistake: a traceback, a line that does not name the option, or hours of training that fit something else."""
+    status, err = train(*args)
+    lines = err.splitlines()
+    assert status == 2 and lines[-1].startswith("train_adapter.py: ") and "Traceback" not in err, err
+    assert all(part in lines[-1] for part in ([parts] if isinstance(parts, str) else parts)), err
+
+
+@pytest.mark.parametrize("name", ["out", "out/deeper"])
+def test_a_file_in_place_of_the_folder_is_refused(refused, tmp_path, name):
+    """Guards --out: a traceback where a file is in the way."""
+    (tmp_path / "out").write_text("a file")
+    refused(["--out", "out"], out=name)
+
+
+def test_a_required_option_is_missed(capfd):
+    """Guards the parser: its usage text and SystemExit in place of one line."""
+    assert train_adapter.main(["--model", "m"]) == 2
+    err = capfd.readouterr().err
+    assert re.fullmatch(r"train_adapter\.py: [^\n]+\n", err) and "--data" in err
+
+
+def test_prompts_beyond_the_context_are_no_crash(train, tmp_path):
+    """Guards evaluations: held-out conversations whose prompt is longer than the context leave nothing to decode or to divide by."""
+    long = {"conversations": [{"from": "human", "value": sentences(0, 60)}, {"from": "gpt", "value": "Yes."}]}
+    held = next(c for i in range(1000) if is_held_out([(c := f"{i} " + sentences(0, 60)), ""]))
+    long["conversations"][0]["value"] = held
+    (tmp_path / "data.json").write_text(json.dumps([long] + [c for c in map(share_gpt, range(40))
+                                                             if not is_held_out([c["conversations"][0]["value"]])]))
+    status, err = train("--data", tmp_path / "data.json")
+    assert status == 0 or (status == 2 and err.splitlines()[-1].startswith("train_adapter.py: ")), err
