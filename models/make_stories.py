@@ -2,6 +2,7 @@
 
     python models/make_stories.py                  # vocabulary, training, samples, README.md; --resume goes on after a stop
     python models/make_stories.py --text FILE      # only write stories to FILE, JSONL with `text`: data for train_adapter.py
+    python models/make_stories.py --prompts FILE   # only write the beginnings of stories that it was not trained on
 
 Its text comes from story_grammar.py, which knows the probability of every story: so the model's loss can be held against the
 entropy of its source. Held-out stories are those of another seed.
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from story_grammar import story
 
-from kangaroo import NoDrafter, generate
-from llama import Llama, LlamaConfig, load_llama, named_weights, pack, write_atomically, write_safetensors
+from kangaroo import WIDTH, NoDrafter, generate
+from llama import Llama, LlamaConfig, Sampler, load_llama, named_weights, pack, write_atomically, write_safetensors
 from train_adapter import Progress, batches_of, learning_rate, load_checkpoint, save_checkpoint, trim_log
 
 BOS, EOS = 1, 2
@@ -41,8 +42,8 @@ def train_vocabulary(folder, args):
     """A sentencepiece vocabulary in which a line break is a piece of its own; at most CONFIG.vocab_size pieces."""
     SentencePieceTrainer.train(
         sentence_iterator=(text for text, _ in stories("train", args.vocabulary_stories)), model_prefix=str(folder / "tokenizer"),
-        vocab_size=CONFIG.vocab_size, hard_vocab_limit=False, model_type="unigram", byte_fallback=True, unk_id=0, bos_id=BOS,
-        eos_id=EOS, user_defined_symbols=["\n"], normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        vocab_size=CONFIG.vocab_size, hard_vocab_limit=False, model_type="unigram", byte_fallback=True, minloglevel=2, unk_id=0,
+        bos_id=BOS, eos_id=EOS, user_defined_symbols=["\n"], normalization_rule_name="identity", remove_extra_whitespaces=False)
     (folder / "tokenizer.vocab").unlink()
 
 
@@ -115,12 +116,12 @@ def train(args, device):
             save(folder, model)
     with torch.no_grad():
         nats = sum(loss_sum(model, ids.to(device), learn.to(device)).item() for ids, learn in held_batches)
-    words = sum(len(text.split()) for text, _ in held_out)
+    words, bits = sum(len(text.split()) for text, _ in held_out), sum(bits for _, bits in held_out)
     tokens = sum(learn.sum().item() for _, learn in held_batches)
     figures = {"parameters": sum(p.numel() for p in model.parameters()), "stories": state["story"], "tokens": state["tokens"],
                "seconds": round(state["seconds"]), "device": str(device), "updates": args.updates,
-               "held_out_nats_per_token": nats / tokens, "source_nats_per_token": sum(b for _, b in held_out) * math.log(2) / tokens,
-               "held_out_bits_per_word": nats / math.log(2) / words, "source_bits_per_word": sum(b for _, b in held_out) / words}
+               "held_out_nats_per_token": nats / tokens, "source_nats_per_token": bits * math.log(2) / tokens,
+               "held_out_bits_per_word": nats / math.log(2) / words, "source_bits_per_word": bits / words}
     write_atomically(folder / "training.json", (json.dumps(figures, indent=2) + "\n").encode())
     print(json.dumps(figures, indent=2))
 
@@ -131,35 +132,70 @@ def save(folder, model):
     write_atomically(folder / "config.json", (json.dumps(model.config.as_json(), indent=2) + "\n").encode())
 
 
-def samples(folder, sampler, prompts):
-    """What the model makes of each prompt, as text."""
-    model = pack(load_llama(folder, "cpu", torch.bfloat16), 8)
+@torch.inference_mode()
+def continued(model, processor, prompt, sampler):
+    """(text, whether the model ended it by itself) of what it makes of a prompt."""
+    ids = [BOS, *processor.encode(prompt)]
+    for round_ in generate(model, NoDrafter(model), list(ids), CONFIG.max_position_embeddings, sampler=sampler, eos=(EOS,)):
+        ids += round_.tokens
+    return processor.decode([i for i in ids if i not in (BOS, EOS)]), ids[-1] == EOS
+
+
+def write_samples(folder):
+    """README.md of the model: its figures, and ten stories greedy and ten at temperature 0.8, unpicked."""
+    figures = json.loads((folder / "training.json").read_text())
     processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for prompt in prompts:
-        ids = [BOS, *processor.encode(prompt)]
-        for round_ in generate(model, NoDrafter(model), list(ids), 500, sampler=sampler(prompt), eos=(EOS,)):
-            ids += round_.tokens
-        yield processor.decode([i for i in ids if i not in (BOS, EOS)]), ids[-1] == EOS
+    model = pack(load_llama(folder, "cpu", torch.bfloat16), WIDTH)
+    config = model.config
+    lines = [
+        "# Stories: the default model", "",
+        f"A Llama of {figures['parameters'] / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, hidden size "
+        f"{config.hidden_size}, {config.vocab_size} pieces of vocabulary, that tells little stories. Made by "
+        f"`python models/make_stories.py --updates {figures['updates']}` from {figures['stories']:,} stories "
+        f"({figures['tokens'] / 1e6:.1f} M tokens, each seen once) of [story_grammar.py](../story_grammar.py), in "
+        f"{figures['seconds'] / 60:.0f} minutes on {figures['device']}.", "",
+        "| held out | nats a token | bits a word |", "|---|---|---|",
+        f"| loss | {figures['held_out_nats_per_token']:.3f} | {figures['held_out_bits_per_word']:.3f} |",
+        f"| entropy of the source, at most | {figures['source_nats_per_token']:.3f} | {figures['source_bits_per_word']:.3f} |", "",
+        "Below are ten stories greedy and ten at temperature 0.8 (seeds 0 to 9), unpicked. Each goes on from the first "
+        "sentence (printed bold) of a story that the model has not seen. `python models/make_stories.py --samples` writes this page."]
+    for title, sampler in (("Greedy", lambda i: Sampler()), ("Temperature 0.8", lambda i: Sampler(0.8, seed=i))):
+        lines += ["", f"## {title}"]
+        for i, (text, _) in enumerate(stories("samples", 10)):
+            prompt = text[:text.index(". ") + 1]
+            told, ended = continued(model, processor, prompt, sampler(i))
+            words = f"{len(told.split())} words, " + ("ended by itself" if ended else "cut at the end of the context")
+            paragraphs = (f"**{prompt}**" + told[len(prompt):]).split("\n")
+            lines += ["", f"{i + 1}. ({words}) " + "\n\n   ".join(paragraphs)]
+    write_atomically(folder / "README.md", ("\n".join(lines) + "\n").encode())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "stories")
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--count", type=int, default=20000)
+    parser.add_argument("--text", type=Path, help="write stories that training sees")
+    parser.add_argument("--prompts", type=Path, help="write the first words of stories that training does not see, a line each")
+    parser.add_argument("--count", type=int, default=20000, help="how many of them")
+    parser.add_argument("--samples", action="store_true", help="write README.md with samples, and nothing else")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("--updates", type=int, default=1300)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--pool", type=int, default=512)
+    parser.add_argument("--pool", type=int, default=512, help="stories made at a time; checkpoints come between")
     parser.add_argument("--vocabulary-stories", type=int, default=10000)
     args = parser.parse_args()
     if args.text:
         lines = (json.dumps({"text": text}) for text, _ in stories("train", args.count))
-        write_atomically(args.text, "\n".join(lines).encode() + b"\n")
+        write_atomically(args.text, ("\n".join(lines) + "\n").encode())
+    elif args.prompts:
+        lines = (" ".join(text.split()[:6]) for text, _ in stories("prompts", args.count))
+        write_atomically(args.prompts, ("\n".join(lines) + "\n").encode())
+    elif args.samples:
+        write_samples(args.out)
     else:
         train(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        write_samples(args.out)
 
 
 if __name__ == "__main__":
