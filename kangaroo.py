@@ -284,10 +284,10 @@ def load_adapter(folder, model, exit_layer=None):
         vocabulary = entries.pop("vocabulary", None)
         load_weights(adapter, entries, folder)
         if vocabulary:
-            ids = vocabulary[1]().long()
-            if ids.dim() != 1 or not len(ids) or ids.min() < 0 or ids.max() >= target.vocab_size:
+            ids = vocabulary[1]()
+            if ids.is_floating_point() or ids.dim() != 1 or not len(ids) or ids.min() < 0 or ids.max() >= target.vocab_size:
                 raise UserError(f"{folder}: vocabulary must be a list of token ids below vocab_size = {target.vocab_size}")
-            adapter.draft_from(ids.to(device), model.lm_head)
+            adapter.draft_from(ids.long().to(device), model.lm_head)
     return adapter.eval(), {**data, "exit_layer": exit_layer}
 
 

@@ -177,15 +177,15 @@ def batches_of(examples, batch_tokens):
 
 
 def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
-    """The ids (size,) of the most frequent tokens that are to be predicted, in ascending order, end of sequence included."""
+    """The ids (size,), ascending, of the tokens most often to be predicted, end of sequence included, and the share they cover."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for document in random.Random(0).sample(documents, min(sample, len(documents))):
         ids, learn = encode(document)
         counts += torch.tensor(ids)[torch.tensor(learn)].bincount(minlength=vocab_size)
-    share = counts.sum().clamp(min=1)
-    counts[list(eos)] = counts.max() + 1
-    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
-    return ids, (counts[ids].sum() - len(eos) * (counts.max())).item() / share.item()
+    ranked = counts.clone()
+    ranked[list(eos)] = counts.max() + 1
+    ids = ranked.argsort(descending=True, stable=True)[:size].sort().values
+    return ids, counts[ids].sum().item() / max(1, counts.sum().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,6 +545,13 @@ def parse_arguments(argv):
     for name in ("updates", "batch_tokens", "batches", "max_length", "window", "passes", "warmup", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name, fits, want in (("vocabulary", args.vocabulary is None or args.vocabulary >= 1, "at least 1"),
+                             ("eval_documents", args.eval_documents >= 1, "at least 1"),
+                             ("eval_prompts", args.eval_prompts >= 0, "at least 0"),
+                             ("lr", 0 < args.lr < math.inf, "above 0"), ("clip", args.clip > 0, "above 0"),
+                             ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0")):
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {want}")
     for name, values in (("architecture", ADAPTERS), ("loss", ("cross-entropy", "acceptance"))):
         if getattr(args, name) not in values:
             raise UserError(f"--{name} {getattr(args, name)}: choose from {', '.join(values)}")
@@ -559,7 +566,10 @@ def parse_arguments(argv):
 def main(argv=None):
     try:
         args = parse_arguments(argv)
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
         train(args)
         return 0
     except UserError as e:

@@ -1,4 +1,4 @@
-"""Training, end to end on a tiny model folder: what is learned, from which text, and that no run is lost, doubled or mispaired."""
+"""Training, end to end on a tiny model folder: what is learned, from which text, and that no run is lost or mispaired."""
 import copy
 import gzip
 import json
@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import train_adapter
 from kangaroo import ADAPTERS, KangarooDrafter, generate, load_adapter
 from llama import KVCache, LlamaConfig, load_llama
 from tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
-from train_adapter import Target, batches_of, document_of, encode, is_held_out, most_frequent, read_documents, split
+from train_adapter import Target, batches_of, document_of, encode, is_held_out, read_documents
 
 SCRIPT = Path(train_adapter.__file__).resolve()
 PAIRS = [(None, "cross-entropy"), (20, "acceptance")]  # --vocabulary and --loss
@@ -56,6 +55,9 @@ def folder(tmp_path_factory):
     """A model, and 40 documents as ShareGPT and as plain text."""
     folder = tmp_path_factory.mktemp("train")
     write_model(folder / "model")
+    weights = load_file(folder / "model" / "model.safetensors")
+    weights["lm_head.weight"] *= 4  # so that it is sure of something, which can be learned
+    save_file(weights, folder / "model" / "model.safetensors")
     (folder / "chats.json").write_text(json.dumps([share_gpt(i) for i in range(40)]))
     (folder / "plain.txt").write_text("\n\n".join(f"{i} {sentences(i, 3)}" for i in range(40)))
     return folder
@@ -64,8 +66,8 @@ def folder(tmp_path_factory):
 def words(folder, out, *args, data="chats.json"):
     """The words of a command line; later ones win, so `args` may name the defaults again."""
     common = ["--model", folder / "model", "--data", folder / data, "--out", out, "--exit-layer", 1, "--device", "cpu",
-              "--dtype", "float32", "--chat", "zephyr", "--max-length", 150, "--batch-tokens", 600, "--batches", 2, "--window", 20,
-              "--updates", 4, "--warmup", 2, "--lr", 0.01, "--eval-prompts", 1, "--eval-documents", 4]
+              "--dtype", "float32", "--chat", "zephyr", "--max-length", 150, "--batch-tokens", 600, "--batches", 2,
+              "--window", 20, "--updates", 4, "--warmup", 2, "--lr", 0.01, "--eval-prompts", 1, "--eval-documents", 4]
     return [str(word) for word in [*common, *args]]
 
 
@@ -106,18 +108,18 @@ def same_weights(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is learned
 
-@pytest.mark.parametrize("vocabulary", [[], ["--vocabulary", 60]], ids=["all", "some"])
+@pytest.mark.parametrize("vocabulary", [[], ["--vocabulary", 200]], ids=["all", "some"])
 @pytest.mark.parametrize("loss", ["cross-entropy", "acceptance"])
 @pytest.mark.parametrize("architecture, data", [("attention", "chats.json"), ("layer", "plain.txt")])
 def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
     """Guards training as such: a gradient that is zero, of the wrong sign or cleared too early, or broken by an evaluation."""
-    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates", 30, "--passes", 30,
+    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates", 30, "--passes", 30, "--lr", 0.03, "--warmup", 3,
                         "--eval-every", 15, data=data)
     updates, held_out = log_of(tmp_path / "out")
     assert status == 0 and [line["step"] for line in updates] == list(range(1, 31)), err
     losses = [line["loss"] for line in updates]
-    assert sum(losses[-3:]) / 3 < 0.9 * losses[0]
-    assert updates[-1]["acceptance"] > updates[0]["acceptance"] + 0.02
+    assert sum(losses[-3:]) / 3 < 0.7 * losses[0]
+    assert updates[-1]["acceptance"] > 1.5 * updates[0]["acceptance"]
     before, after = (line["held_out"] for line in held_out)
     assert after["loss"] < before["loss"] and 1 <= after["compression_rate"] <= 7
 
@@ -202,8 +204,8 @@ def test_padding_teaches_nothing():
     """Guards batches of unequal lengths: what stands behind a document changes its loss."""
     target, adapter, ids, learn = tiny_target()
     learn[:, 10:] = False
-    sums = [target.loss(adapter, target.states(x, y), "acceptance", autocast=None)
-            for x, y in ((ids, learn), (ids.clone().index_fill_(1, torch.arange(10, 17), 0), learn), (ids[:, :10], learn[:, :10]))]
+    padded, cut = ids.index_fill(1, torch.arange(10, 17), 0), (ids[:, :10], learn[:, :10])
+    sums = [target.loss(adapter, target.states(*batch), "acceptance", autocast=None) for batch in ((ids, learn), (padded, learn), cut)]
     assert torch.equal(sums[0], sums[1]) and torch.allclose(sums[0], sums[2], rtol=1e-6)
 
 
@@ -287,36 +289,10 @@ def test_answers_are_learned_and_nothing_else(tokenizer, name, turns):
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 
 
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-@given(pairs=st.lists(st.tuples(text, text.map(str.strip).filter(bool)), min_size=1, max_size=4))
-def test_any_answers_are_learned_and_nothing_else(name, pairs):
-    """Guards the mask against text that looks like the template's, has braces or blanks."""
-    assert_answers_are_marked([turn for pair in pairs for turn in pair], Characters(), name)
-
-
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_blanks_around_an_answer_move_no_mark(name):
-    """Guards several turns: an answer with blanks around it, as ShareGPT has them, shifts what is learned against the tokens."""
-    document = ["one", " two \n\n", "three", "\n four "]
-    ids, learn = encode(document, Characters(), CHAT_TEMPLATES[name], EOS, 1000)
-    assert [Characters().decode(run).strip() for run in marked(ids, learn)] == ["two", "four"]
-
-
 def test_a_plain_text_is_learned_whole(tokenizer):
     """Guards plain text: a token lost, the end of sequence missing, or the first token learned, which nothing predicts."""
     ids, learn = encode(TEXT[0], tokenizer, CHAT_TEMPLATES["chatml"], (2,), 1000)
     assert ids == tokenizer.encode(TEXT[0]) + [2] and learn == [False] + [True] * (len(ids) - 1)
-
-
-@pytest.mark.parametrize("document", [TEXT[0], TEXT[:2], [*TEXT, *TEXT]], ids=["text", "one answer", "four answers"])
-@pytest.mark.parametrize("eos", [(), EOS], ids=["no eos", "eos"])
-def test_documents_are_cut(tokenizer, document, eos):
-    """Guards --max-length: longer rows than it allows, a mask of another length, or a cut that changes what is before it."""
-    template = CHAT_TEMPLATES["chatml"]
-    ids, learn = encode(document, tokenizer, template, eos, 1000)
-    for length in range(1, len(ids) + 2):
-        cut_ids, cut_learn = encode(document, tokenizer, template, eos, length)
-        assert (cut_ids, cut_learn) == (ids[:length], learn[:length])
 
 
 examples = st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=12), max_size=20)
@@ -324,7 +300,7 @@ examples = st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_s
 
 @given(examples=examples, batch_tokens=st.integers(12, 60))
 def test_batches_hold_every_example_once(examples, batch_tokens):
-    """Guards batching: an example lost or doubled, a mask not moved to the position that predicts, padding learned, B·T too large."""
+    """Guards batching: an example lost or doubled, a mask not moved by one, padding learned, B·T too large."""
     examples = [tuple(map(list, zip(*example))) for example in examples]
     found = []
     for ids, learn in batches_of(examples, batch_tokens):
@@ -335,30 +311,6 @@ def test_batches_hold_every_example_once(examples, batch_tokens):
             assert not any(row[n:]) and not any(wanted[n - 1:])
             found.append((row[:n], wanted[:n - 1]))
     assert sorted(found) == sorted((ids, learn[1:]) for ids, learn in examples if any(learn[1:]))
-
-
-def test_the_vocabulary_is_the_most_frequent_learned_tokens():
-    """Guards --vocabulary: counted over prompts too, without the end of sequence, unsorted, or with a wrong share of the text."""
-    documents = [([9, 9, 9, 5, 5, 7, 2], [False] * 3 + [True] * 4), ([9, 9, 5, 7, 6, 2], [False] * 2 + [True] * 4)]
-    ids, coverage = most_frequent(documents, 3, lambda document: document, 12, (2,))
-    assert ids.tolist() == [2, 5, 7] and coverage == pytest.approx(7 / 8)
-    ids, coverage = most_frequent(documents, 12, lambda document: document, 12, (2,))
-    assert ids.tolist() == list(range(12)) and coverage == 1
-
-
-def test_a_document_is_on_one_side_everywhere(folder):
-    """Guards held-out data: a prompt trained on from one file and held out from another, or the two parts of split() overlapping."""
-    for i in range(300):
-        prompt = f"{i} {TEXT[0]}"
-        sides = {is_held_out(d) for d in (prompt, [prompt, "one answer"], [prompt, "another", "And then?", "no more"],
-                                          prompt + "\n", ["\n" + prompt, "one answer"])}  # as the last of a file has it
-        assert len(sides) == 1
-    held = sum(is_held_out(f"{i}") for i in range(64 * 100))
-    assert 60 < held < 140
-    path = folder / "many.txt"
-    path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
-    rest, held = split(Namespace(data=[path, path], allow_truncated=False))
-    assert held and not any(map(is_held_out, rest)) and all(map(is_held_out, held)) and len(rest) + len(held) == 1000
 
 
 def test_training_sees_no_held_out_document(train, folder, monkeypatch):
@@ -409,17 +361,11 @@ def test_a_killed_run_resumes_exactly(train, killed, resumable):
     status, err = train(*LONG, "--resume")
     assert status == 0, err
     assert same_weights(resumable, killed[0])
-    assert [[line["step"] for line in lines] for lines in log_of(resumable)] == [[*range(1, 13)], [*range(1, state["step"] + 1), 12]]
-    assert [line["loss"] for line in log_of(resumable)[0]] == [line["loss"] for line in log_of(killed[0])[0]]
+    updates, held_out = log_of(resumable)
+    assert [line["step"] for line in updates] == [*range(1, 13)]
+    assert [line["step"] for line in held_out] == [*range(1, state["step"] + 1), 12]
+    assert [line["loss"] for line in updates] == [line["loss"] for line in log_of(killed[0])[0]]
     assert not list(resumable.glob("*.tmp"))
-
-
-def test_a_finished_run_resumes_to_the_same(train, killed, tmp_path):
-    """Guards --resume of a run that was stopped between its last checkpoint and its adapter."""
-    out = shutil.copytree(killed[0], tmp_path / "out")
-    (out / "adapter.safetensors").unlink()
-    status, err = train(*LONG, "--resume")
-    assert status == 0 and same_weights(out, killed[0]), err
 
 
 def test_another_seed_gives_another_adapter(train, killed, tmp_path):
@@ -428,31 +374,10 @@ def test_another_seed_gives_another_adapter(train, killed, tmp_path):
     assert not same_weights(tmp_path / "out", killed[0])
 
 
-@pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3), ("--loss", "acceptance"), ("--vocabulary", 60),
-                                           ("--batches", 1), ("--architecture", "layer"), ("--seed", 7), ("--updates", 13),
-                                           ("--chat", "chatml")])
-def test_other_options_are_refused_on_resuming(refused, resumable, option, value):
-    """Guards --resume: a run that goes on with other options and equals neither run."""
-    refused(["checkpoint.pt", option.strip("-"), str(value)], *LONG, option, value, "--resume")
-
-
 def test_another_model_is_refused_on_resuming(refused, resumable, tmp_path):
     """Guards --resume: a half-trained adapter trained on for another model of the same shape."""
     write_model(tmp_path / "other", seed=1)
     refused(["checkpoint.pt", "target"], *LONG, "--resume", "--model", tmp_path / "other")
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "other"])
-def test_a_damaged_checkpoint_is_refused(refused, resumable, damage):
-    """Guards --resume: a traceback, or a new start without a word, where the checkpoint is not one."""
-    path = resumable / "checkpoint.pt"
-    data = path.read_bytes()
-    path.write_bytes({"cut": data[:len(data) // 2], "text": b"no checkpoint"}.get(damage, b""))
-    if damage == "missing":
-        path.unlink()
-    elif damage == "other":
-        torch.save({"weights": {}}, path)
-    refused("checkpoint.pt", *LONG, "--resume")
 
 
 def test_a_checkpoint_is_not_overwritten(refused, resumable):
@@ -492,7 +417,7 @@ def test_batches_that_do_not_divide_are_refused(folder, tmp_path):
     assert result.returncode != 0 and not (tmp_path / "out" / "log.jsonl").exists()
     lines = [line for line in result.stderr.splitlines() if line.startswith("train_adapter.py: ")]
     assert lines and all("--batches 3" in line and "2 processes" in line for line in lines)
-    assert "Traceback" not in result.stderr.replace("traceback : To enable traceback", "")
+    assert f'File "{SCRIPT}"' not in result.stderr  # torchrun's own traceback follows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,35 +461,6 @@ def test_odd_conversations(turns, kept):
 ONE = json.dumps({"text": TEXT[0]})
 
 
-@pytest.mark.parametrize("name, data, parts", [
-    ("bad.jsonl", f"{ONE}\n\n{ONE[:-5]}\n{ONE}", ["bad.jsonl:3", "not valid JSON"]),
-    ("bad.jsonl", f"{ONE}\n[1]", ["bad.jsonl:2", "conversations"]),
-    ("bad.jsonl", f"{ONE}\n" + '{"text": 5}', ["bad.jsonl:2", "conversations"]),
-    ("bad.json", f"[{ONE},\n{ONE},\n{ONE[:-5]}", ["bad.json:3", "2 entries", "--allow-truncated"]),
-    ("bad.json", f"[{ONE},\n{ONE},\n", ["bad.json:3", "2 entries", "--allow-truncated"]),
-    ("bad.json", f"[{ONE}\n{ONE}]", ["bad.json:1", "--allow-truncated"]),
-    ("bad.json", "[", ["bad.json:1", "0 entries"]),
-    ("bad.json", f"[{ONE},\n 1]", ["bad.json:2", "conversations"]),
-    ("bad.json", "[" * 100_000, ["bad.json:1", "0 entries"]),
-    ("bad.jsonl", '{"text":' * 100_000, ["bad.jsonl:1", "not valid JSON"]),
-    ("bad.json", "[]", "no document"), ("bad.txt", "", "no document"), ("bad.txt", " \n\n\n ", "no document"),
-    ("bad.json", json.dumps([{"conversations": "human"}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": [1]}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": [{"from": "human", "value": 5}]}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": [{"from": ["human"], "value": "a"}]}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": []}]), "no document"),
-    ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read"]),
-    ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
-    ("bad.json.gz", gzip.compress(ONE.encode() * 50)[:-20], ["bad.json.gz", "cannot be read"]),
-    ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500, ["bad.json.gz", "cannot be read"]),
-    ("missing.json", None, ["missing.json", "cannot be read"])])
-def test_damaged_data_is_refused(refused, folder, tmp_path, name, data, parts):
-    """Guards a user's data: a traceback, a line that does not say where, or half a file learned without a word."""
-    if data is not None:
-        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    refused(parts, "--data", folder / "plain.txt" if "no document" not in parts else tmp_path / name, tmp_path / name)
-
-
 def test_a_truncated_list_is_taken_when_asked_to(train, folder, tmp_path):
     """Guards --allow-truncated: refused all the same, without a warning, or with entries lost."""
     path = tmp_path / "cut.json"
@@ -573,21 +469,13 @@ def test_a_truncated_list_is_taken_when_asked_to(train, folder, tmp_path):
     assert status == 0 and "warning: " in err and "cut.json" in err and " 29 entries" in err and "29 documents" in err
 
 
-def test_half_a_character_is_no_crash(train, tmp_path):
-    """Guards JSON's escapes: a lone surrogate, which web data has, ends in a traceback of the tokenizer."""
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} {sentences(i, 2)} \ud83e"}) + "\n" for i in range(40)))
-    status, err = train("--data", path)
-    assert status == 0, err
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The adapter
 
-@pytest.fixture(scope="module", params=[("attention", ()), ("layer", ("--vocabulary", 60))], ids=["attention", "layer of 60 tokens"])
+@pytest.fixture(scope="module", params=["attention", "layer"])
 def adapter(request, folder):
-    """The folder of a trained adapter."""
-    architecture, more = request.param
+    """The folder of a trained adapter, `layer` with a vocabulary of 60 tokens."""
+    architecture, more = request.param, ["--vocabulary", 60] * (request.param == "layer")
     out = folder / f"adapter {architecture}"
     assert train_adapter.main(words(folder, out, "--architecture", architecture, *more, "--updates", 30, "--passes", 10)) == 0
     return out
@@ -649,16 +537,6 @@ def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capfd
     assert re.fullmatch(r"kangaroo\.py: [^\n]*another model[^\n]*\n", capfd.readouterr().err)
 
 
-@pytest.mark.parametrize("architecture", ["mamba", ["layer"], 1])
-def test_an_unknown_architecture_is_refused(folder, adapter, tmp_path, capfd, architecture):
-    """Guards an adapter of a later version: run as another architecture, or a traceback."""
-    copied = shutil.copytree(adapter, tmp_path / "adapter")
-    data = json.loads((copied / "config.json").read_text()) | {"architecture": architecture}
-    (copied / "config.json").write_text(json.dumps(data))
-    assert decode(folder, copied) == 2
-    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer\n", capfd.readouterr().err)
-
-
 @pytest.mark.parametrize("vocabulary", [[0, 340], [-1, 5], [], [[1, 2]], [0.5, 1]])
 def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocabulary):
     """Guards --vocabulary's tensor: ids that no row of the LM head belongs to, or none."""
@@ -672,23 +550,6 @@ def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocab
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors a user makes
-
-@pytest.mark.parametrize("args, parts", [
-    (["--model", "nowhere"], ["nowhere", "--model"]), (["--exit-layer", 4], ["--exit-layer 4", "4 layers"]),
-    (["--exit-layer", -1], "--exit-layer -1"), (["--exit-layer", "two"], "--exit-layer"), (["--updates", 0], "--updates 0"),
-    (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]), (["--architecture", "mlp"], ["mlp", "attention", "layer"]),
-    (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]), (["--passes", 0], "--passes 0"),
-    (["--window", 1], "--window 1"), (["--vocabulary", 0], "--vocabulary 0"), (["--vocabulary", -5], "--vocabulary -5"),
-    (["--vocabulary", 341], ["--vocabulary 341", "340"]), (["--eval-documents", 0], "--eval-documents 0"),
-    (["--eval-prompts", -1], "--eval-prompts -1"), (["--lr", -1], "--lr -1"), (["--lr", "nan"], "--lr nan"), (["--clip", 0], "--clip 0"),
-    (["--chat", "alpaca"], ["--chat alpaca", "chatml"]), (["--dtype", "int8"], "--dtype int8"), (["--device", "tpu"], "--device tpu"),
-    (["--colour"], "--colour"), (["--max-length", 2], "fill 0 batches")])
-def test_a_wrong_option_is_refused(train, args, parts):
-    """Guards a user's mistake: a traceback, a line that does not name the option, or hours of training that fit something else."""
-    status, err = train(*args)
-    lines = err.splitlines()
-    assert status == 2 and lines[-1].startswith("train_adapter.py: ") and "Traceback" not in err, err
-    assert all(part in lines[-1] for part in ([parts] if isinstance(parts, str) else parts)), err
 
 
 @pytest.mark.parametrize("name", ["out", "out/deeper"])
@@ -705,12 +566,3 @@ def test_a_required_option_is_missed(capfd):
     assert re.fullmatch(r"train_adapter\.py: [^\n]+\n", err) and "--data" in err
 
 
-def test_prompts_beyond_the_context_are_no_crash(train, tmp_path):
-    """Guards evaluations: held-out conversations whose prompt is longer than the context leave nothing to decode or to divide by."""
-    long = {"conversations": [{"from": "human", "value": sentences(0, 60)}, {"from": "gpt", "value": "Yes."}]}
-    held = next(c for i in range(1000) if is_held_out([(c := f"{i} " + sentences(0, 60)), ""]))
-    long["conversations"][0]["value"] = held
-    (tmp_path / "data.json").write_text(json.dumps([long] + [c for c in map(share_gpt, range(40))
-                                                             if not is_held_out([c["conversations"][0]["value"]])]))
-    status, err = train("--data", tmp_path / "data.json")
-    assert status == 0 or (status == 2 and err.splitlines()[-1].startswith("train_adapter.py: ")), err
