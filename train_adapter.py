@@ -32,8 +32,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate, pick_device_and_dtype
-from llama import UserError, load_llama, named_weights, write_atomically, write_safetensors
+from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate, load_adapter, pick_device_and_dtype
+from llama import UserError, load_llama, named_weights, read_json, write_atomically, write_safetensors
 from tokenizer import Tokenizer, find_chat_template, render_chat
 
 HELD_OUT = 64  # one document in so many is never trained on
@@ -327,6 +327,16 @@ def new_adapter(architecture, model):
     return adapter.to(model.norm.weight.device)
 
 
+def first_adapter(args, model):
+    """What training begins from, in float32: a new adapter, or the one in --init with its architecture."""
+    if args.init is None:
+        return new_adapter(args.architecture, model)
+    adapter, facts = load_adapter(args.init, model, args.exit_layer)
+    args.architecture = facts.get("architecture", "attention")
+    adapter.head = adapter.vocabulary = None  # --vocabulary chooses again
+    return adapter.float().requires_grad_(True)
+
+
 @torch.no_grad()
 def for_decoding(adapter, target):
     """A copy of the adapter as `load_adapter` would give it."""
@@ -395,7 +405,7 @@ def train(args):
         vocabulary = vocabulary.to(device)
     target = Target(model, args.exit_layer, vocabulary)
     torch.manual_seed(args.seed)
-    adapter = new_adapter(args.architecture, model)
+    adapter = first_adapter(args, model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     options = {name: getattr(args, name) for name in EXACT} | {"target": model.fingerprint, "documents": len(documents)}
     state = {"step": 0, "window": 0, "update": 0, "tokens": 0, "seconds": 0.0, "options": options}
@@ -444,6 +454,7 @@ def train(args):
     if first:
         facts = {"data": [Path(p).name for p in args.data], "updates": args.updates, "tokens": state["tokens"],
                  "seconds": round(state["seconds"]), "device": str(device), "loss": args.loss, "lr": args.lr,
+                 "init": args.init and read_json(args.init / "config.json").get("training", str(args.init)),
                  "vocabulary_coverage": round(coverage, 4), "held_out": {k: round(v, 4) for k, v in figures.items()}}
         save_adapter(args.out, adapter, args, model, vocabulary, chat, facts)
     if ranks > 1:
@@ -519,6 +530,7 @@ def parse_arguments(argv):
     option("--out", "DIR", "where the adapter, its log and checkpoint go", type=Path, required=True)
     option("--exit-layer", "ℓ", "layers that draft", type=int, required=True)
     option("--architecture", "NAME", f"{' or '.join(ADAPTERS)} (attention and an MLP)", "attention")
+    option("--init", "DIR", "begin from this adapter, with its architecture (default: from a new one)", type=Path)
     option("--vocabulary", "N", "draft from the N most frequent tokens alone (default: from all)", type=int)
     option("--loss", "NAME", "cross-entropy, or acceptance: -log Σ min(p, q)", "cross-entropy")
     option("--updates", "N", "optimizer steps", 2000, type=int)

@@ -83,15 +83,16 @@ def train(args, device):
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     options = {"updates": args.updates, "lr": args.lr, "batch_tokens": args.batch_tokens}
+    total = args.updates * args.cycles
     state = {"step": 0, "story": 0, "tokens": 0, "seconds": 0.0, "options": options}
     if args.resume:
         state = load_checkpoint(checkpoint, model, optimizers, options, device)
     trim_log(log, state["step"])
     held_out = [(text, bits) for text, bits in stories("held out", 200)]
     held_batches = batches_of([encoded(text) for text, _ in held_out], args.batch_tokens)
-    progress, elapsed, begin = Progress(log, args.updates, state["step"]), state["seconds"], time.perf_counter()
+    progress, elapsed, begin = Progress(log, total, state["step"]), state["seconds"], time.perf_counter()
     pool = []
-    while state["step"] < args.updates:
+    while state["step"] < total:
         if not pool:  # stories of similar lengths share a batch; a pool is over when a checkpoint is written
             pool = batches_of([encoded(text) for text, _ in stories("train", args.pool, state["story"])], args.batch_tokens)
             random.Random(state["story"]).shuffle(pool)
@@ -101,7 +102,7 @@ def train(args, device):
         for optimizer in optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * learning_rate(state["step"], args.updates, args.warmup)
+                group["lr"] = args.lr * learning_rate(state["step"] % args.updates, args.updates, args.warmup)
         loss = loss_sum(model, ids, learn) / tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,7 +112,7 @@ def train(args, device):
         state["tokens"] += tokens
         state["seconds"] = elapsed + time.perf_counter() - begin
         progress.report(state["step"], {"loss": loss.item()}, tokens)
-        if not pool or state["step"] == args.updates:
+        if not pool or state["step"] == total:
             save_checkpoint(checkpoint, model, optimizers, state)
             save(folder, model)
     with torch.no_grad():
@@ -119,7 +120,7 @@ def train(args, device):
     words, bits = sum(len(text.split()) for text, _ in held_out), sum(bits for _, bits in held_out)
     tokens = sum(learn.sum().item() for _, learn in held_batches)
     figures = {"parameters": sum(p.numel() for p in model.parameters()), "stories": state["story"], "tokens": state["tokens"],
-               "seconds": round(state["seconds"]), "device": str(device), "updates": args.updates,
+               "seconds": round(state["seconds"]), "device": str(device), "updates": args.updates, "cycles": args.cycles,
                "held_out_nats_per_token": nats / tokens, "source_nats_per_token": bits * math.log(2) / tokens,
                "held_out_bits_per_word": nats / math.log(2) / words, "source_bits_per_word": bits / words}
     write_atomically(folder / "training.json", (json.dumps(figures, indent=2) + "\n").encode())
@@ -151,7 +152,7 @@ def write_samples(folder):
         "# Stories: the default model", "",
         f"A Llama of {figures['parameters'] / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}, {config.vocab_size} pieces of vocabulary, that tells little stories. Made by "
-        f"`python models/make_stories.py --updates {figures['updates']}` from {figures['stories']:,} stories "
+        f"`python models/make_stories.py --updates {figures['updates']} --cycles {figures['cycles']}` from {figures['stories']:,} stories "
         f"({figures['tokens'] / 1e6:.1f} M tokens, each seen once) of [story_grammar.py](../story_grammar.py), in "
         f"{figures['seconds'] / 60:.0f} minutes on {figures['device']}.", "",
         "| held out | nats a token | bits a word |", "|---|---|---|",
@@ -178,7 +179,8 @@ def main():
     parser.add_argument("--count", type=int, default=20000, help="how many of them")
     parser.add_argument("--samples", action="store_true", help="write README.md with samples, and nothing else")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--updates", type=int, default=1300)
+    parser.add_argument("--updates", type=int, default=1300, help="of one cycle: a warm-up and a cosine to zero")
+    parser.add_argument("--cycles", type=int, default=2, help="a finished run goes on with --resume and more of them")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--batch-tokens", type=int, default=4096)
