@@ -30,6 +30,7 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says 
 import torch
 import torch.nn as nn
 
+from graphs import GraphedAdapter, GraphedLlama, exact_kernels, fuse_pointwise, graph_drafter
 from llama import (
     MLP,
     Attention,
@@ -150,9 +151,9 @@ class KangarooDrafter:
         self.threshold, self.sampler, self.width = threshold, sampler or Sampler(), width
 
     def prefill(self, ids, cache):
-        config, like = self.adapter.config, self.model.norm.weight
-        self.cache = KVCache.zeros(config, config.num_hidden_layers, cache.length, like)
-        self.states = like.new_zeros(1, cache.length, config.hidden_size)  # exit-layer states, by position
+        self.cache = self.model.new_cache(cache.length, self.adapter.config)
+        like = self.model.norm.weight
+        self.states = like.new_zeros(1, cache.length, self.adapter.config.hidden_size)  # exit-layer states, by position
         self.seen = len(ids)  # the adapter's cache is valid for positions < seen
         h = in_chunks(partial(self.model.run_layers, first=0, last=self.depth), self.model.embed(ids), cache)
         in_chunks(self.adapter, h, self.cache)
@@ -214,7 +215,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
     """
     ids, n_layers, sampler = list(prompt), len(model.layers), sampler or Sampler()
     end = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
-    cache = cache or KVCache.zeros(model.config, n_layers, end + width, model.norm.weight)
+    cache = cache or model.new_cache(end + width)
     h = drafter.prefill(ids[:-1], cache)
     in_chunks(partial(model.run_layers, first=drafter.depth, last=n_layers), h, cache)
     while len(ids) < end:
@@ -347,6 +348,9 @@ def parse_arguments(argv):
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
     option("--width", "W", "rows of a step; 1 with --drafter none is the plain baseline", WIDTH, type=int)
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: start each kernel from Python, to see what it costs")
+    parser.add_argument("--compile", action="store_true", help="fuse pointwise operations with torch.compile (takes a minute)")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU: let products of float32 round to TF32")
     parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
     parser.add_argument("-h", "--help", action="help", help="show this text")
@@ -413,6 +417,7 @@ def pick_device_and_dtype(args):
     dtype = args.dtype or ("bfloat16" if fast else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: not supported, choose float32, bfloat16 or float16")
+    exact_kernels(getattr(args, "tf32", False))
     return device, getattr(torch, dtype)
 
 
@@ -444,6 +449,8 @@ class Decoder:
         for module in (self.model, self.adapter):
             if module is not None:
                 pack(module, args.width)
+        if args.compile:
+            fuse_pointwise()
         exact = args.width == 1 or rows_are_alike(self.model, args.width)
         if not exact:
             print(f"warning: {device} does not treat the rows of a {dtype} step of width {args.width} alike, "
@@ -451,6 +458,10 @@ class Decoder:
         drafter = f"exit layer {self.exit_layer}, γ {self.steps}, η {self.threshold:g}" if self.adapter else args.drafter
         self.settings = (f"{folder.name} · {device} · {str(dtype).removeprefix('torch.')} · chat template {self.chat} · "
                          f"drafter {drafter} · width {args.width}")
+        self.graphs = device.type == "cuda" and not args.no_graphs
+        if self.graphs:
+            self.model = GraphedLlama(self.model, (args.width,))
+            self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
 
     def encode(self, prompt):
         text = render_chat(self.template, [prompt])
@@ -460,12 +471,22 @@ class Decoder:
                             f"(max_position_embeddings {context})")
         return ids
 
+    def make_room(self, prompts):
+        """Before decoding these lists of ids: room in the caches for the longest, so that it need not be made twice."""
+        if self.graphs:
+            ends = [min(len(ids) + self.args.max_new_tokens, self.model.config.max_position_embeddings) for ids in prompts]
+            self.model.room = max(ends) + 2 * self.args.width
+            self.settings += " · " + self.model.describe(min(map(len, prompts)), max(ends) + self.args.width)
+
     def rounds(self, ids, drafter, max_new_tokens=None):
         """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
         args, model = self.args, self.model
         more = (self.adapter, self.exit_layer, self.threshold, self.sampler, args.width) if drafter == "kangaroo" else ()
-        rounds = generate(model, DRAFTERS[drafter](model, *more), ids, max_new_tokens or args.max_new_tokens, self.steps,
-                          self.sampler, model.config.eos_token_ids, args.width)
+        drafter = DRAFTERS[drafter](model, *more)
+        if self.graphs and more:
+            graph_drafter(drafter)
+        rounds = generate(model, drafter, ids, max_new_tokens or args.max_new_tokens, self.steps, self.sampler,
+                          model.config.eos_token_ids, args.width)
         while True:
             begin = time.perf_counter()
             round_ = next(rounds, None)
@@ -524,6 +545,7 @@ def run(args):
     prompts = read_prompts(args)
     decoder = Decoder(args)
     all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
+    decoder.make_room(all_ids)
     print(decoder.settings, file=sys.stderr)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")

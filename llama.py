@@ -212,9 +212,11 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
 
     def forward(self, x):
+        d = x.shape[-1]
+        if x.is_cuda:
+            return F.rms_norm(x, (d,), self.weight, self.eps)
         # The variance of (x, −x) is the mean square of x. On a CPU layer_norm is one kernel where F.rms_norm is ten, and at
         # decode size kernels cost what their number is: a twentieth of a whole step.
-        d = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * d,), eps=self.eps)[..., :d] * self.weight
 
 
@@ -250,9 +252,33 @@ class Rows(NamedTuple):
         return cls(positions, torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype), mask)
 
 
-def rotate(x, rows):
+def rotate(x, cos, sin):
     """RoPE on x (B, T, heads, head_dim): pairs (i, i + head_dim / 2) turn by the row's angle."""
-    return torch.addcmul(x * rows.cos, x.roll(x.shape[-1] // 2, -1), rows.sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q, k, v, mask):
+    """softmax(q kᵀ / √D) v: each row of q (B, T, H, D) over the rows that it sees of k, v (B, S, K, D) -> (B, T, H, D)."""
+    if q.is_cuda and mask is not None:
+        return attend_by_group(q, k, v, mask)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+def attend_by_group(q, k, v, mask):
+    """The same for kernels that know no groups: the heads of a group become rows of one head, and its keys are read once."""
+    (B, T, H, D), K = q.shape, k.shape[2]
+    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, H / K · T, D)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2),
+                                       mask if H == K else mask.repeat(H // K, 1))
+    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def silu_and_multiply(gate_up):
+    """gate_up (…, 2 n), gate and up side by side -> (…, n)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Attention(nn.Module):
@@ -269,13 +295,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, K, D = self.heads, self.kv_heads, self.head_dim
         qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D)
-        qk, v = rotate(qkv[:, :, :H + K], rows), qkv[:, :, H + K:]
+        qk, v = rotate(qkv[:, :, :H + K], rows.cos, rows.sin), qkv[:, :, H + K:]
         q, k = qk[:, :, :H], qk[:, :, H:]
         if cache is not None:
             k, v = cache.update(layer, rows.positions, k, v)  # (1, S, K, D)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rows.mask,
-                                           is_causal=rows.mask is None, enable_gqa=H != K)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+        return self.o_proj(attend(q, k, v, rows.mask).reshape(B, T, H * D))
 
 
 class MLP(nn.Module):
@@ -285,8 +309,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, down_proj=config.hidden_size)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(silu_and_multiply(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -317,6 +340,11 @@ class Llama(nn.Module):
     def tie(self):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def new_cache(self, length, config=None):
+        """A KV cache of zeros for `length` positions, for this model's layers or for those of an adapter's config."""
+        config = config or self.config
+        return KVCache.zeros(config, config.num_hidden_layers, length, self.norm.weight)
 
     def embed(self, ids):
         """Token ids, a list or a tensor (T,), -> (1, T, hidden_size). A list is copied to the device without waiting."""
@@ -497,7 +525,9 @@ class Sampler:
         generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
         u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).float()
         # −log(1 − u) keeps float32's full precision where it is small, which is where the winners are.
-        return -(-torch.log1p(-u)).log().to(device, non_blocking=True)
+        noise = -(-torch.log1p(-u)).log()
+        # A copy from pinned memory does not make the host wait for all that the GPU still has to do before it.
+        return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
 
     def scores(self, logits):
         """logits (V,) -> float32 (V,): divided by the temperature, −inf for what top-k and top-p exclude."""
@@ -508,7 +538,9 @@ class Sampler:
             probs = scores.softmax(-1)
             # Non-negative floats sort like their bit patterns, and PyTorch sorts integers ten times as fast on a CPU.
             ascending = probs.view(torch.int32).sort().values.view(torch.float32)
-            cut = (ascending.cumsum(-1) <= 1 - self.top_p).sum().clamp(max=len(probs) - 1)
+            # Summed as integers, in units of 2⁻⁵², because a GPU adds the terms of a cumulative sum in varying order.
+            total = (ascending.double() * 2 ** 52).long().cumsum(-1)
+            cut = (total <= (1 - self.top_p) * 2 ** 52).sum().clamp(max=len(probs) - 1)
             scores = scores.masked_fill(probs < ascending.gather(0, cut[None]), -math.inf)
         return scores
 
