@@ -271,7 +271,7 @@ def load_adapter(folder, model, exit_layer=None):
         if name in data and not isinstance(data[name], kind):
             raise UserError(f"{where}: {name} = {data[name]!r} is not a number that --{name} would take")
     architecture = data.get("architecture", "attention")
-    if architecture not in ADAPTERS:
+    if architecture not in list(ADAPTERS):  # a list, for JSON may hold what cannot be looked up
         raise UserError(f"{where}: architecture = {architecture!r}, choose from {', '.join(ADAPTERS)}")
     adapter = build(ADAPTERS[architecture], config, device, dtype)
     if str(folder) == "random":

@@ -75,8 +75,8 @@ def main():
         print(f"\r{len(counts)}/{1 + len(STEPS) * len(THRESHOLDS)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     step, draft, verify = (statistics.median(s) for s in (step_seconds, draft_seconds, verify_seconds))
-    print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer {exit_layer}; ms:"
-          f" vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification {verify * 1e3:.2f}")
+    print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer {exit_layer}; "
+          f"ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification {verify * 1e3:.2f}")
     print("speedup (compression rate)")
     print(f"{'γ':>8}" + "".join(f"{f'η {threshold}':>14}" for threshold in THRESHOLDS))
     best = (0, None)
