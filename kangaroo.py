@@ -478,7 +478,7 @@ class Decoder:
             yield round_, time.perf_counter() - begin
 
     def decode(self, ids, show, watch=lambda round_: None):
-        """Decode ids, calling watch(round), then show(text, whether it was drafted) for its tokens; returns what --json prints."""
+        """Decode ids, calling watch(round), then show(text, whether it was drafted) a token; returns what --json prints."""
         stream = TextStream(self.tokenizer, ids)
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [], "accepted": [], "seconds": 0.0}
 

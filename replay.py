@@ -22,7 +22,7 @@ class Recorder:
         self.decoder, self.prompt, self.ids, self.prompt_length = decoder, prompt, list(ids), len(ids)
         self.end = min(len(ids) + decoder.args.max_new_tokens, decoder.model.config.max_position_embeddings)
         self.rounds, self.texts = [], []
-        # Of the round that runs: a list up to each use of the LM head, of [first layer, last + 1, position], ["adapter", position].
+        # Of this round, a list up to each use of the LM head: of [first layer, last + 1, position] and ["adapter", position].
         self.passes = [[]]
 
     def decode(self, show):
