@@ -117,3 +117,9 @@ def write_page(path, data):
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     head, tail = TEMPLATE.read_text(encoding="utf-8").split(HERE)
     write_atomically(path, (head + HERE + text + tail).encode())
+
+
+def read_page(path):
+    """The data of a page that `write_page` wrote."""
+    text = Path(path).read_text(encoding="utf-8").split(HERE)[1]
+    return json.loads(text[:text.index("</script>")])

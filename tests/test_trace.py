@@ -36,7 +36,7 @@ def run(model, tmp_path, capfd):
                  "--json", "--trace", page, *args]
         status, (out, err) = kangaroo.main([str(word) for word in words]), capfd.readouterr()
         assert status == 0, err
-        data = data_of(page)
+        data = replay.read_page(page)
         summary = "{tokens} tokens in .* compression rate {compression_rate:.2f}".format(**data["summary"])
         assert re.search(summary, err)
         return data, json.loads(out), page
@@ -52,11 +52,6 @@ def ending(model, tmp_path):
         (folder / "config.json").write_text(json.dumps(data | {"eos_token_id": ids[i]}))
         return folder
     return ending
-
-
-def data_of(page):
-    text = page.read_text(encoding="utf-8").split(replay.HERE)[1]
-    return json.loads(text[:text.index("</script>")])
 
 
 RUNS = {
