@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import replay
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("**/*.py") if ".venv" not in path.parts}
@@ -57,3 +59,10 @@ def test_the_pictures_are_self_contained():
         text = path.read_text(encoding="utf-8")
         assert "<title" in text
         assert not re.search(r"<script|href|url\((?!#)|@import|@font-face", text), path
+
+
+def test_the_example_page_is_of_today():
+    """The committed page has today's template around its data; `python docs/make.py` writes it."""
+    text = (ROOT / "docs" / "example.html").read_text(encoding="utf-8")
+    (head, data), template = text.split(replay.HERE), replay.TEMPLATE.read_text(encoding="utf-8")
+    assert head + replay.HERE + data[data.index("</script>"):] == template
