@@ -51,6 +51,7 @@ from llama import (
     rows_are_alike,
     safetensors_entries,
 )
+from replay import Recorder, write_page
 from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template, render_chat
 
 # The paper's γ and η, and the rows of a step: room for the last committed token and up to 7 drafted ones.
@@ -349,6 +350,7 @@ def parse_arguments(argv):
     option("--width", "W", "rows of a step; 1 with --drafter none is the plain baseline", WIDTH, type=int)
     parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
+    option("--trace", "FILE", "write a page (HTML) that replays the decoding of one prompt round by round")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     args = parser.parse_args(argv)
     for fits, message in (
@@ -357,6 +359,8 @@ def parse_arguments(argv):
             (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least 1"),
             (args.width >= 1, f"--width {args.width}: must be at least 1"),
             (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
+            (args.trace is None or Path(args.trace).parent.is_dir() and not Path(args.trace).is_dir(),
+             f"--trace {args.trace}: must be a file, in a folder that exists"),
             (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too")):
         if not fits:
             raise UserError(message)
@@ -473,8 +477,8 @@ class Decoder:
                 return
             yield round_, time.perf_counter() - begin
 
-    def decode(self, ids, show):
-        """Decode ids, calling show(text, whether it was drafted) as text comes; returns what --json prints."""
+    def decode(self, ids, show, watch=lambda round_: None):
+        """Decode ids, calling watch(round), then show(text, whether it was drafted) a token; returns what --json prints."""
         stream = TextStream(self.tokenizer, ids)
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [], "accepted": [], "seconds": 0.0}
 
@@ -490,6 +494,7 @@ class Decoder:
             result["ids"] += round_.tokens
             result["drafted"].append(len(round_.draft.tokens))
             result["accepted"].append(round_.accepted)
+            watch(round_)
             for i, token in enumerate(round_.tokens):
                 if token not in self.model.config.eos_token_ids:
                     put(stream.push(token), i < round_.accepted)
@@ -522,6 +527,8 @@ def summary(results):
 def run(args):
     """Decode all prompts and print; returns the exit status."""
     prompts = read_prompts(args)
+    if args.trace and len(prompts) > 1:
+        raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds {len(prompts)}")
     decoder = Decoder(args)
     all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
     print(decoder.settings, file=sys.stderr)
@@ -540,12 +547,15 @@ def run(args):
         vanilla = decoder.decode_vanilla(ids) if args.compare and i % 2 else {}  # neither is always second
         if not args.json and (decoder.chat == "none" or len(prompts) > 1):
             print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
-        result = decoder.decode(ids, show)
+        recorder = Recorder(decoder, prompt, ids) if args.trace else None
+        result = recorder.decode(show) if recorder else decoder.decode(ids, show)
         if args.compare:
             result |= vanilla or decoder.decode_vanilla(ids)
             result["identical"] = result["ids"] == result["vanilla_ids"]
         print(json.dumps(result) if args.json else "" if i + 1 == len(prompts) else "\n", flush=True)
         results.append(result)
+        if recorder:
+            write_page(args.trace, recorder.data(result))
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     return 0 if all(r.get("identical", True) for r in results) else 1
 
