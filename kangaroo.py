@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 
 from llama import (
+    CHAIN_WIDTH,
     MLP,
     Attention,
     KVCache,
@@ -56,8 +57,13 @@ from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template,
 
 # The paper's γ and η, and the rows of a step: room for the last committed token and up to 7 drafted ones.
 STEPS, THRESHOLD, WIDTH = 6, 0.6, 8
+# For a tree: the candidates that a node may have as children, and the rows. A wider step costs more, vanilla's too.
+TOP_CANDIDATES, TREE_THRESHOLD, TREE_WIDTH = 10, 0.1, 16
 PREFILL_ROWS = 256  # rows of a prompt that run at once
 
+
+# What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
+SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
@@ -342,9 +348,12 @@ def load_adapter(folder, model, exit_layer=None):
         raise UserError(f"{where}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 for 13B)")
     if not isinstance(exit_layer, int) or not 0 <= exit_layer < target.num_hidden_layers:
         raise UserError(f"exit layer {exit_layer!r}: must be at least 0 and below the model's {target.num_hidden_layers} layers")
-    for name, kind in (("steps", int), ("threshold", (int, float))):
-        if name in data and not isinstance(data[name], kind):
-            raise UserError(f"{where}: {name} = {data[name]!r} is not a number that --{name} would take")
+    if not isinstance(data.get("tree", {}), dict):
+        raise UserError(f"{where}: tree = {data['tree']!r} is no object with the settings of --tree")
+    for settings in (data, data.get("tree", {})):
+        for name, kind in SETTINGS.items():
+            if name in settings and not isinstance(settings[name], kind):
+                raise UserError(f"{where}: {name} = {settings[name]!r} is not a number that --{name.replace('_', '-')} would take")
     architecture = data.get("architecture", "attention")
     if architecture not in ADAPTERS:
         raise UserError(f"{where}: architecture = {architecture!r}, choose from {', '.join(ADAPTERS)}")
@@ -421,18 +430,28 @@ def parse_arguments(argv):
     option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model folder's, or none)")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    option("--width", "W", "rows of a step; 1 with --drafter none is the plain baseline", WIDTH, type=int)
+    parser.add_argument("--tree", action="store_true", help="draft a tree: where the draft is unsure, several continuations")
+    option("--top-candidates", "K", f"at most K children a node of the tree (default: the adapter's or {TOP_CANDIDATES})", type=int)
+    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or one less than the width)", type=int)
+    option("--width", "W", f"rows of a step; 1 with --drafter none is the plain baseline (default: {WIDTH}; for a tree "
+           f"{TREE_WIDTH})", type=int)
     parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     args = parser.parse_args(argv)
+    if args.width is None:
+        args.width = TREE_WIDTH if args.tree else WIDTH
     for fits, message in (
             ((args.prompt is None) != (args.prompts is None), "give one of --prompt TEXT and --prompts FILE (see --help)"),
             (args.drafter in DRAFTERS, f"--drafter {args.drafter}: no such drafter, choose from {', '.join(DRAFTERS)}"),
             (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least 1"),
             (args.width >= 1, f"--width {args.width}: must be at least 1"),
             (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
-            (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too")):
+            (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too"),
+            (args.drafter == "kangaroo" or not args.tree, f"--tree: --drafter {args.drafter} drafts no tree, only kangaroo does"),
+            (args.width > CHAIN_WIDTH or not args.tree, f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),
+            (args.tree or args.top_candidates is None, "--top-candidates: is for a tree, give --tree too"),
+            (args.tree or args.nodes is None, "--nodes: is for a tree, give --tree too")):
         if not fits:
             raise UserError(message)
     return args
@@ -510,12 +529,21 @@ class Decoder:
                 raise UserError(f"no adapter for {folder}: give --adapter DIR (or `random`), or --drafter lookup or none")
             self.adapter, facts = load_adapter(where, self.model, args.exit_layer)
             self.exit_layer = facts["exit_layer"]
-        self.steps = args.steps if args.steps is not None else min(facts.get("steps", STEPS), args.width - 1)
-        self.threshold = args.threshold if args.threshold is not None else facts.get("threshold", THRESHOLD)
+        if args.tree:  # what suits a chain need not suit a tree
+            facts = {"threshold": TREE_THRESHOLD} | facts.get("tree", {})
+        chosen = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+        room = {name: min(facts.get(name, default), args.width - 1) for name, default in (("steps", STEPS), ("nodes", args.width))}
+        facts = {"threshold": THRESHOLD, "top_candidates": TOP_CANDIDATES} | facts | room | chosen
+        self.steps, self.threshold = facts["steps"], facts["threshold"]
+        self.tree = (facts["top_candidates"], facts["nodes"]) if args.tree else (1, None)
         if not 0 <= self.steps < args.width:
             raise UserError(f"--steps {self.steps}: must be from 0 to {args.width - 1}, one less than --width {args.width}")
         if not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold {self.threshold}: must be in [0, 1]")
+        if args.tree and self.tree[0] < 1:
+            raise UserError(f"--top-candidates {self.tree[0]}: must be at least 1")
+        if args.tree and not 1 <= self.tree[1] < args.width:
+            raise UserError(f"--nodes {self.tree[1]}: must be from 1 to {args.width - 1}, one less than --width {args.width}")
         for module in (self.model, self.adapter):
             if module is not None:
                 pack(module, args.width)
@@ -524,6 +552,7 @@ class Decoder:
             print(f"warning: {device} does not treat the rows of a {dtype} step of width {args.width} alike, "
                   "so the output may differ from vanilla decoding", file=sys.stderr)
         drafter = f"exit layer {self.exit_layer}, γ {self.steps}, η {self.threshold:g}" if self.adapter else args.drafter
+        drafter += f", tree of {self.tree[1]} nodes, {self.tree[0]} candidates" if args.tree else ""
         self.settings = (f"{folder.name} · {device} · {str(dtype).removeprefix('torch.')} · chat template {self.chat} · "
                          f"drafter {drafter} · width {args.width}")
 
@@ -538,7 +567,7 @@ class Decoder:
     def rounds(self, ids, drafter, max_new_tokens=None):
         """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
         args, model = self.args, self.model
-        more = (self.adapter, self.exit_layer, self.threshold, self.sampler, args.width) if drafter == "kangaroo" else ()
+        more = (self.adapter, self.exit_layer, self.threshold, self.sampler, args.width, *self.tree) if drafter == "kangaroo" else ()
         rounds = generate(model, DRAFTERS[drafter](model, *more), ids, max_new_tokens or args.max_new_tokens, self.steps,
                           self.sampler, model.config.eos_token_ids, args.width)
         while True:
@@ -552,7 +581,7 @@ class Decoder:
         """Decode ids, calling show(text, whether it was drafted) as text comes; returns what --json prints."""
         stream = TextStream(self.tokenizer, ids)
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [], "accepted": [], "seconds": 0.0}
-
+        trees = result.setdefault("trees", []) if self.args.tree else None
         def put(text, drafted):
             if not result["text"] and self.chat != "none":
                 text = text.lstrip()  # an answer begins with its first word
@@ -565,6 +594,10 @@ class Decoder:
             result["ids"] += round_.tokens
             result["drafted"].append(len(round_.draft.tokens))
             result["accepted"].append(round_.accepted)
+            if self.args.tree:
+                draft = round_.draft
+                trees.append({"tokens": draft.tokens, "parents": draft.parents, "confidence": draft.confidence,
+                              "accepted": round_.path})
             for i, token in enumerate(round_.tokens):
                 if token not in self.model.config.eos_token_ids:
                     put(stream.push(token), i < round_.accepted)
@@ -584,7 +617,10 @@ def summary(results):
     rounds = [pair for r in results for pair in zip(r["drafted"], r["accepted"])]
     parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s",
              f"compression rate {tokens / len(rounds):.2f}"]
-    if any(drafted for drafted, _ in rounds):
+    if "trees" in results[0]:
+        drafted, accepted = (statistics.mean(pair) for pair in zip(*rounds))
+        parts.append(f"{drafted:.1f} nodes drafted and {accepted:.2f} accepted a round")
+    elif any(drafted for drafted, _ in rounds):
         reached = [[a >= w for d, a in rounds if d >= w] for w in range(1, max(d for d, _ in rounds) + 1)]
         parts.append("accepted by draft position " + " ".join(f"{statistics.mean(hits):.0%}" for hits in reached))
     if "identical" in results[0]:
