@@ -57,8 +57,8 @@ from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template,
 
 # The paper's γ and η, and the rows of a step: room for the last committed token and up to 7 drafted ones.
 STEPS, THRESHOLD, WIDTH = 6, 0.6, 8
-# For a tree: the candidates that a node may have as children, and the rows. A wider step costs more, vanilla's too.
-TOP_CANDIDATES, TREE_THRESHOLD, TREE_WIDTH = 10, 0.1, 16
+# The same for a tree, and the most children of a node. A wider step costs more, vanilla's too.
+TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH, TOP_CANDIDATES = 8, 0.2, 16, 10
 PREFILL_ROWS = 256  # rows of a prompt that run at once
 
 
@@ -353,7 +353,8 @@ def load_adapter(folder, model, exit_layer=None):
     for settings in (data, data.get("tree", {})):
         for name, kind in SETTINGS.items():
             if name in settings and not isinstance(settings[name], kind):
-                raise UserError(f"{where}: {name} = {settings[name]!r} is not a number that --{name.replace('_', '-')} would take")
+                flag = name.replace("_", "-")
+                raise UserError(f"{where}: {name} = {settings[name]!r} is not a number that --{flag} would take")
     architecture = data.get("architecture", "attention")
     if architecture not in ADAPTERS:
         raise UserError(f"{where}: architecture = {architecture!r}, choose from {', '.join(ADAPTERS)}")
@@ -430,11 +431,13 @@ def parse_arguments(argv):
     option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model folder's, or none)")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    parser.add_argument("--tree", action="store_true", help="draft a tree: where the draft is unsure, several continuations")
-    option("--top-candidates", "K", f"at most K children a node of the tree (default: the adapter's or {TOP_CANDIDATES})", type=int)
+    parser.add_argument("--tree", action="store_true", help="draft a tree: where the draft is unsure, several continuations; "
+                        f"γ and η are then the adapter's for a tree, or {TREE_STEPS} and {TREE_THRESHOLD}")
+    option("--top-candidates", "K", f"the most children of a node of the tree (default: the adapter's or {TOP_CANDIDATES})",
+           type=int)
     option("--nodes", "N", "the most tokens in the tree (default: the adapter's or one less than the width)", type=int)
-    option("--width", "W", f"rows of a step; 1 with --drafter none is the plain baseline (default: {WIDTH}; for a tree "
-           f"{TREE_WIDTH})", type=int)
+    option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} (default: {TREE_WIDTH}); "
+           "1 with --drafter none is the plain baseline", type=int)
     parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
     parser.add_argument("-h", "--help", action="help", help="show this text")
@@ -530,10 +533,10 @@ class Decoder:
             self.adapter, facts = load_adapter(where, self.model, args.exit_layer)
             self.exit_layer = facts["exit_layer"]
         if args.tree:  # what suits a chain need not suit a tree
-            facts = {"threshold": TREE_THRESHOLD} | facts.get("tree", {})
-        chosen = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-        room = {name: min(facts.get(name, default), args.width - 1) for name, default in (("steps", STEPS), ("nodes", args.width))}
-        facts = {"threshold": THRESHOLD, "top_candidates": TOP_CANDIDATES} | facts | room | chosen
+            facts = {"steps": TREE_STEPS, "threshold": TREE_THRESHOLD} | facts.get("tree", {})
+        facts = {"steps": STEPS, "threshold": THRESHOLD, "top_candidates": TOP_CANDIDATES, "nodes": args.width} | facts
+        facts |= {name: min(facts[name], args.width - 1) for name in ("steps", "nodes")}
+        facts |= {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
         self.steps, self.threshold = facts["steps"], facts["threshold"]
         self.tree = (facts["top_candidates"], facts["nodes"]) if args.tree else (1, None)
         if not 0 <= self.steps < args.width:
@@ -567,7 +570,9 @@ class Decoder:
     def rounds(self, ids, drafter, max_new_tokens=None):
         """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
         args, model = self.args, self.model
-        more = (self.adapter, self.exit_layer, self.threshold, self.sampler, args.width, *self.tree) if drafter == "kangaroo" else ()
+        more = ()
+        if drafter == "kangaroo":
+            more = self.adapter, self.exit_layer, self.threshold, self.sampler, args.width, *self.tree
         rounds = generate(model, DRAFTERS[drafter](model, *more), ids, max_new_tokens or args.max_new_tokens, self.steps,
                           self.sampler, model.config.eos_token_ids, args.width)
         while True:

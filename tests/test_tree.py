@@ -170,6 +170,18 @@ def test_a_perfect_adapter_gets_full_depth(seed, steps, n, exit_layer, width, ca
     assert all(r.accepted == max(r.draft.depth()) for r in rounds)
 
 
+@given(seed=st.integers(0, 999), sampler=samplers, exit_layer=st.integers(0, 3))
+@settings(max_examples=20)
+def test_a_perfect_adapter_is_right_on_every_level(seed, sampler, exit_layer):
+    """Unsure but right: a tree with room for all candidates of three levels holds the text, at any temperature. Guards the
+    drafter's noise, and states or rows of the adapter that belong to another node."""
+    model = random_model(TINY, seed, torch.float64)
+    drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler, 16, 2)
+    with block(128):
+        rounds = list(generate(model, drafter, [seed % 40], 30, 3, sampler, width=16))
+    assert all(r.accepted == max(r.draft.depth()) for r in rounds) and len(rounds) == 8
+
+
 @given(seed=st.integers(0, 999), n=st.integers(1, 20), width=WIDTHS)
 @settings(max_examples=15)
 def test_an_adversarial_adapter_costs_a_round_a_token(seed, n, width):
