@@ -71,7 +71,7 @@ TREE_MUTATIONS = [
      "[node.depth for node in rows], sure", "range(first, first + len(rows)), sure"),
     ("the tree grows by a node's own confidence", "kangaroo.py", "node.product * p) for", "p) for"),
     ("a child of another node is accepted", "kangaroo.py",
-     "if edge == (node, token)), 0)", "if edge[1] == token), 0)"),
+     "if edge == (node, token)), 0)", "if edge[1] == token and i > node), 0)"),
 ]
 
 
