@@ -1,12 +1,16 @@
-"""Choose γ and η for an adapter on real prompts, and print the table of all pairs.
+"""Choose γ and η for an adapter on real prompts, and print the table of all pairs; for a tree K too.
 
-    python bench/choose.py --model DIR --adapter DIR --prompts FILE [--write]
+    python bench/choose.py --model DIR --adapter DIR --prompts FILE [--tree [--width 32]] [--write]
 
 Take prompts that no reported figure comes from. Each prompt is decoded once, then the drafter drafts from every position of the
 output. A draft follows from the tokens before it alone, so the rounds of any γ and η can be walked through on paper: the counts
 of tokens, rounds and drafts are exact (and compared with one real decode). The speedup is reckoned from these counts and the
 median times of a vanilla step, a draft step and a verification in this run: a noisy machine then shifts all entries alike.
 --write puts the best pair into the adapter's config.json.
+
+--tree chooses K, γ and η of a draft tree, which takes as many nodes as the width has room for (the rows are computed anyway).
+Its growth depends on all three, so every prompt is decoded with every setting; run it for each width. A draft step is then a
+level of the tree.
 """
 import argparse
 import json
@@ -20,11 +24,12 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from speed import pick  # noqa: E402
 
-from kangaroo import WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
+from kangaroo import TREE_WIDTH, WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
 from llama import KVCache, Sampler, load_llama, pack, read_json, room_for_draft, write_atomically  # noqa: E402
 from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
 
 STEPS, THRESHOLDS = (1, 2, 3, 4, 5, 6, 7), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+TREE_STEPS, TREE_THRESHOLDS, CANDIDATES = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), (2, 4, 10)
 
 
 def decode(model, drafter, ids, steps, args, sampler):
@@ -34,12 +39,12 @@ def decode(model, drafter, ids, steps, args, sampler):
     def timed(*arguments):
         begin = time.perf_counter()
         result = draft(*arguments)
-        drafting.append((time.perf_counter() - begin, len(result.tokens) + 1))
+        drafting.append((time.perf_counter() - begin, max(result.depth()) + 1))
         return result
 
     drafter.draft = timed
     begin = None
-    for round_ in generate(model, drafter, ids, args.new_tokens, steps, sampler, model.config.eos_token_ids):
+    for round_ in generate(model, drafter, ids, args.new_tokens, steps, sampler, model.config.eos_token_ids, args.width):
         if begin is not None:  # the first round has the prompt's time in it
             rest.append(time.perf_counter() - begin - drafting[-1][0])
         rounds.append(round_)
@@ -83,48 +88,65 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype")
     parser.add_argument("--device")
+    parser.add_argument("--tree", action="store_true")
+    parser.add_argument("--width", type=int, help=f"rows of a step; chains take {WIDTH}, trees {TREE_WIDTH} or what is given here")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
     model = load_llama(args.model, *pick_device_and_dtype(args))
     adapter, facts = load_adapter(args.adapter, model)
     for module in (adapter, model):
-        pack(module, WIDTH)
+        pack(module, args.width)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
     prompts = [tokenizer.encode(render_chat(template, [text]))[-args.longest:] for _, text in
                pick(args.prompts, args.each, args.skip)]
-    sampler, exit_layer = Sampler(args.temperature, seed=2), facts["exit_layer"]
-    counts, times = {(s, t): [0, 0, 0] for s in STEPS for t in THRESHOLDS}, []
+    sampler = Sampler(args.temperature, seed=2)
+    all_candidates, all_steps, thresholds = (CANDIDATES, TREE_STEPS, TREE_THRESHOLDS) if args.tree else ((1,), STEPS, THRESHOLDS)
+    grid = [(c, s, t) for c in all_candidates for s in all_steps for t in thresholds]
+    counts, times = {setting: [0, 0, 0] for setting in grid}, []
+
+    def real(ids, candidates, steps, threshold):
+        """(tokens, rounds, draft steps after the first of each round) of a decode; its times are kept."""
+        drafter = KangarooDrafter(model, adapter, facts["exit_layer"], threshold, sampler, args.width, candidates)
+        rounds, draft, verify = decode(model, drafter, ids, steps, args, sampler)
+        times.append((step, draft, verify))
+        return sum(len(r.tokens) for r in rounds), len(rounds), sum(max(r.draft.depth()) for r in rounds)
+
     for i, ids in enumerate(prompts):
         vanilla, _, step = decode(model, NoDrafter(model), ids, 0, args, sampler)
         output = [token for round_ in vanilla for token in round_.tokens]
-        drafts = drafts_everywhere(model, KangarooDrafter(model, adapter, exit_layer, 0.0, sampler), ids, output)
-        for pair, sums in counts.items():
-            counts[pair] = [a + b for a, b in zip(sums, walk(drafts, output, args.new_tokens, *pair))]
-        pair = list(counts)[(13 * i) % len(counts)]
-        rounds, draft, verify = decode(model, KangarooDrafter(model, adapter, exit_layer, pair[1], sampler), ids, pair[0], args,
-                                       sampler)
-        real = len(output), len(rounds), sum(len(r.draft.tokens) for r in rounds)
-        assert real == walk(drafts, output, args.new_tokens, *pair), (pair, real)
-        times.append((step, draft, verify))
+        if args.tree:
+            found = {setting: real(ids, *setting) for setting in grid}
+        else:
+            drafter = KangarooDrafter(model, adapter, facts["exit_layer"], 0.0, sampler)
+            drafts = drafts_everywhere(model, drafter, ids, output)
+            found = {setting: walk(drafts, output, args.new_tokens, *setting[1:]) for setting in grid}
+            setting = grid[13 * i % len(grid)]
+            assert found[setting] == real(ids, *setting), (setting, found[setting])
+        counts = {setting: [a + b for a, b in zip(counts[setting], found[setting])] for setting in grid}
         print(f"\r{i + 1}/{len(prompts)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     step, draft, verify = (statistics.median(seconds) for seconds in zip(*times))
-    print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer {exit_layer}; "
-          f"ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification {verify * 1e3:.2f}")
-    print("speedup (compression rate)")
-    print(f"{'γ':>8}" + "".join(f"{f'η {threshold}':>14}" for threshold in THRESHOLDS))
+    print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer "
+          f"{facts['exit_layer']}, width {args.width}; ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, "
+          f"verification {verify * 1e3:.2f}")
     # A round runs the shallow layers once more than it drafts; `draft` is the mean over these.
-    speedup = {pair: tokens * step / (rounds * (verify + draft) + drafted * draft)
-               for pair, (tokens, rounds, drafted) in counts.items()}
-    for steps in STEPS:
-        cells = (f"{speedup[steps, t]:.2f} ({counts[steps, t][0] / counts[steps, t][1]:.2f})" for t in THRESHOLDS)
-        print(f"{steps:>8}" + "".join(f"{cell:>14}" for cell in cells))
-    steps, threshold = max(speedup, key=speedup.get)
-    print(f"best: γ {steps}, η {threshold}")
+    speedup = {setting: tokens * step / (rounds * (verify + draft) + drafted * draft)
+               for setting, (tokens, rounds, drafted) in counts.items()}
+    print("speedup (compression rate)")
+    for c in all_candidates:
+        print(f"{f'K {c}' if args.tree else '':4}{'γ':>4}" + "".join(f"{f'η {threshold}':>14}" for threshold in thresholds))
+        for s in all_steps:
+            cells = (f"{speedup[c, s, t]:.2f} ({counts[c, s, t][0] / counts[c, s, t][1]:.2f})" for t in thresholds)
+            print(f"{s:>8}" + "".join(f"{cell:>14}" for cell in cells))
+    candidates, steps, threshold = max(speedup, key=speedup.get)
+    print(f"best: γ {steps}, η {threshold}" + (f", K {candidates}, {args.width - 1} nodes" if args.tree else ""))
     if args.write:
         path = Path(args.adapter) / "config.json"
-        data = read_json(path) | {"steps": steps, "threshold": threshold}
-        write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
+        chosen = {"steps": steps, "threshold": threshold}
+        if args.tree:
+            chosen = {"tree": chosen | {"top_candidates": candidates, "nodes": args.width - 1}}
+        write_atomically(path, (json.dumps(read_json(path) | chosen, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
