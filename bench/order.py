@@ -68,7 +68,7 @@ def cost(folder, dtype=torch.bfloat16, repeats=100):
                 model.run_layers(*llama.one_shape(x, start, cache, WIDTH), 0, n_layers)
                 seconds[llama.CHAIN_WIDTH].append(time.perf_counter() - begin)
         ratio = statistics.median(b / a for a, b in zip(seconds[WIDTH][5:], seconds[0][5:]))
-        print(f"{Path(folder).name}: a step of width {WIDTH} at position {start} takes {ratio:.2f} times as long in order as fused")
+        print(f"{Path(folder).name}: a step of width {WIDTH} at position {start} takes {ratio:.2f} times as long in order")
 
 
 def main():
