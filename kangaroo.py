@@ -219,7 +219,7 @@ class KangarooDrafter:
             else:
                 x = self.adapt(start + 1)
             pool += self.children(x, rows, open_from, start)
-            # Best first: of the candidates that there is room for, those that are sure enough are gone on from. Second
+            # Best first: of the candidates that there is room for, those that are sure enough are followed further. Second
             # early exit: when none is, the others end the draft. They are chosen already, so they are verified too.
             pool.sort(key=lambda node: -node.product)
             best = pool[:self.nodes + 1 - len(nodes)]
@@ -234,7 +234,7 @@ class KangarooDrafter:
         tokens = self.sampler.candidates(logits, start + 1, [node.depth for node in rows], sure.shape[1])
         drafted = torch.stack((tokens.double(), sure.double()), -1).tolist()  # one host sync
         return [Node(int(token), parent, node.depth + 1, p, node.product * p) for parent, (node, candidates)
-                in enumerate(zip(rows, drafted), first) for token, p in candidates]
+                in enumerate(zip(rows, drafted), first) for token, p in candidates if token >= 0]
 
     def predict(self, x):
         """The adapter's states (T, hidden_size) -> logits (T, vocab_size), and the K highest probabilities (T, K) float32."""

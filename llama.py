@@ -581,10 +581,11 @@ class Sampler:
         return self.perturbed(logits, position, depth).max(-1).indices  # of equals the first; on a CPU faster than argmax
 
     def candidates(self, logits, position, depth, k):
-        """The k tokens of each row that come nearest to being chosen, the chosen one first: ids (T, k)."""
+        """The k tokens of each row that come nearest to being chosen, the chosen one first: ids (T, k), −1 for excluded ones."""
         if k == 1:
             return self.choose(logits, position, depth)[:, None]
-        return self.perturbed(logits, position, depth).topk(k).indices
+        best = self.perturbed(logits, position, depth).topk(k)
+        return best.indices.masked_fill(best.values == -math.inf, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -229,6 +229,9 @@ def test_siblings_are_the_next_best_choices(seed, data):
     assert torch.equal(chosen[:, 0], torch.cat([sampler.choose(logits[i:i + 1], 7 + d) for i, d in enumerate([2, 0, 2])]))
     if sampler.temperature == 0:
         assert torch.equal(chosen, logits.topk(5).indices)
+    else:
+        possible = [(sampler.scores(row) > -torch.inf).sum().item() for row in logits]
+        assert [(row >= 0).sum().item() for row in chosen] == [min(5, n) for n in possible]
 
 
 @pytest.mark.parametrize("where", ["accepted", "beside", "after"])
