@@ -60,6 +60,7 @@ def drafts_everywhere(model, drafter, ids, output):
     drafts = []
     for i in range(len(output)):
         n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, WIDTH))
+        drafter.last, drafter.seen = None, len(ids) + i - 1  # what it drafted before is not what was committed
         draft = drafter.draft(ids + output[:i], n_max, cache)
         drafts.append((draft.tokens, draft.confidence))
     return drafts
@@ -89,7 +90,7 @@ def main():
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--tree", action="store_true")
-    parser.add_argument("--width", type=int, help=f"rows of a step; chains take {WIDTH}, trees {TREE_WIDTH} or what is given here")
+    parser.add_argument("--width", type=int, help=f"rows of a step of a tree (default: {TREE_WIDTH})")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
