@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -96,6 +97,42 @@ def pick(path, each, skip):
         if skip < seen[category] <= skip + each:
             taken.append((category, entry.get("prompt") or entry["turns"][0]))
     return taken
+
+
+def print_parts(model, drafting, width, steps, prompts, args):
+    """One line: which part of Kangaroo's time goes where, after the first round of each prompt."""
+    spent, sums, (adapter, depth, _, sampler, *_) = Counter(), Counter(), drafting
+
+    def watch(owner, name, part):
+        inner = getattr(owner, name)
+
+        def timed(*arguments, **more):
+            begin = time.perf_counter()
+            result = inner(*arguments, **more)
+            spent[part(*arguments)] += time.perf_counter() - begin
+            return result
+
+        object.__setattr__(owner, name, timed)
+
+    watch(model, "run_layers", lambda *_, first=None, last=None: "draft: layers" if depth in (last, *_[-1:]) else "verify: layers")
+    watch(model, "logits", lambda *_: "verify: LM head")
+    watch(adapter, "forward", lambda *_: "draft: adapter")
+    watch(adapter.head or model.lm_head, "forward", lambda *_: "draft: LM head")
+    watch(sampler, "choose", lambda *_: "sampling")
+    for ids in prompts:
+        rounds = generate(model, KangarooDrafter(model, *drafting), ids, args.new_tokens, steps, sampler,
+                          model.config.eos_token_ids, width)
+        next(rounds)
+        spent.clear()
+        begin = time.perf_counter()
+        list(rounds)
+        sums["all"] += time.perf_counter() - begin
+        sums.update(spent)
+    if adapter.head is None:
+        sums["draft: LM head"] -= sums["verify: LM head"]  # the same module
+    rest = sums["all"] - sum(seconds for part, seconds in sums.items() if part != "all")
+    print("where Kangaroo's time goes: " + ", ".join(f"{part} {seconds / sums['all']:.0%}" for part, seconds in
+                                                     [*sorted(sums.items()), ("Python and the rest", rest)] if part != "all"))
 
 
 def many_prompts(args, load):
@@ -181,6 +218,7 @@ def many_prompts(args, load):
         print(f"{method}: {drafted / rounds:.2f} tokens drafted a round, {accepted / max(1, drafted):.0%} of them accepted, "
               f"{drafting / total[method]:.0%} of its time drafting, {drafting / (levels + rounds) * 1e3:.2f} ms a draft step; "
               f"a vanilla step of its width takes {total[own] / tokens[own] * 1e3:.2f} ms")
+    print_parts(*methods["Kangaroo"], [ids for _, ids in prompts[::max(1, len(prompts) // 6)]], args)
     if args.tree:
         rate = {name: tokens[name] / sum(run[name]["rounds"] for _, run in runs) for name in ("Kangaroo", "tree")}
         faster = statistics.median(run["Kangaroo"]["seconds"] / run["tree"]["seconds"] for _, run in runs)
