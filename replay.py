@@ -43,7 +43,7 @@ class Recorder:
                 hook.remove()
 
     def saw_layer(self, i, _, args):
-        position, runs = int(args[1].positions[0]), self.passes[-1]
+        position, runs = int(args[1].slots[0]), self.passes[-1]
         if position < self.prompt_length - 1:
             return  # prefill
         if runs and runs[-1][1:] == [i, position]:
