@@ -11,7 +11,7 @@ The output equals vanilla decoding bit for bit, greedy and sampled: see `one_sha
 **One fact carries all state: `ids`, the committed tokens.** Between rounds every cache is valid for the positions
 0 … len(ids) − 2; the last committed token has not been run yet. Undoing a rejected draft is therefore no work at all.
 
-Left out on purpose: batches, trees. Read first `generate`, then `KangarooDrafter.draft`; then `train_adapter.py`.
+Left out on purpose: batches. Read first `generate`, then `KangarooDrafter.draft`; then `train_adapter.py`.
 """
 import argparse
 import contextlib
@@ -25,6 +25,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
@@ -32,6 +33,7 @@ import torch.nn as nn
 
 from graphs import GraphedAdapter, GraphedLlama, exact_kernels, fuse_pointwise, graph_drafter
 from llama import (
+    CHAIN_WIDTH,
     MLP,
     Attention,
     KVCache,
@@ -52,30 +54,56 @@ from llama import (
     rows_are_alike,
     safetensors_entries,
 )
+from replay import Recorder, write_page
 from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template, render_chat
 
 # The paper's γ and η, and the rows of a step: room for the last committed token and up to 7 drafted ones.
 STEPS, THRESHOLD, WIDTH = 6, 0.6, 8
+# The same for a tree, and the most children of a node. A wider step costs more, vanilla's too.
+TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH, TOP_CANDIDATES = 8, 0.2, 16, 10
 PREFILL_ROWS = 256  # rows of a prompt that run at once
 
+
+# What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
+SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
 
 @dataclass
 class Draft:
-    """n proposed tokens to follow the last committed one."""
+    """A tree of n proposed tokens. Node 0, its root, is the last committed token; node i > 0 proposes tokens[i − 1]."""
     tokens: list          # n ids
     hidden: torch.Tensor  # (1, 1 + n, hidden_size): last committed token and proposals, before layer `drafter.depth`
     confidence: list = field(default_factory=list)  # top-1 probability of the distribution that each token came from
+    parents: list = None  # of the nodes 1 … n, each before its children; None: a chain, each node's parent is the one before
+
+    def __post_init__(self):
+        self.parents = list(range(len(self.tokens))) if self.parents is None else self.parents
+
+    def depth(self):
+        """How many steps below the root each of the n + 1 nodes is."""
+        depth = [0]
+        for parent in self.parents:
+            depth.append(depth[parent] + 1)
+        return depth
+
+    def child(self, node, token):
+        """The child of `node` that proposes `token`; 0 if there is none."""
+        return next((i for i, edge in enumerate(zip(self.parents, self.tokens), 1) if edge == (node, token)), 0)
 
 
 @dataclass
 class Round:
     """What one verification committed: the accepted part of the draft and, unless that ended the text, one token more."""
     tokens: list
-    accepted: int  # how many of `tokens` were drafted
+    path: list  # the accepted nodes of the draft, from the top down; tokens[i] is what path[i] proposed
     draft: Draft
+
+    @property
+    def accepted(self):
+        """How many of `tokens` were drafted."""
+        return len(self.path)
 
 
 class Adapter(nn.Module):
@@ -143,51 +171,101 @@ class PromptLookupDrafter(NoDrafter):
         return Draft(tokens, self.model.embed(ids[-1:] + tokens))
 
 
-class KangarooDrafter:
-    """Drafts with the first `exit_layer` layers, the adapter and the target's LM head; serves one call of `generate`."""
+class Node(NamedTuple):
+    """A drafted token while the tree grows."""
+    token: int
+    parent: int
+    depth: int
+    confidence: float  # of the token, given its path: 1 … 0, for the j-th candidate the j-th largest probability
+    product: float     # of the confidences along its path
 
-    def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, sampler=None, width=WIDTH):
+
+class KangarooDrafter:
+    """Drafts with the first `exit_layer` layers, the adapter and the target's LM head; serves one call of `generate`.
+
+    With `candidates` = 1 a draft is a chain. With more it is a tree of at most `nodes` tokens, grown best first.
+    """
+
+    def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, sampler=None, width=WIDTH, candidates=1, nodes=None):
         self.model, self.adapter, self.depth = model, adapter, exit_layer
         self.threshold, self.sampler, self.width = threshold, sampler or Sampler(), width
+        self.candidates, self.nodes = candidates, min(nodes or width - 1, width - 1)
 
     def prefill(self, ids, cache):
         self.cache = self.model.new_cache(cache.length, self.adapter.config)
-        like = self.model.norm.weight
-        self.states = like.new_zeros(1, cache.length, self.adapter.config.hidden_size)  # exit-layer states, by position
+        self.states = self.cache.rows.new_zeros(1, cache.length, self.adapter.config.hidden_size)  # exit-layer states, by slot
         self.seen = len(ids)  # the adapter's cache is valid for positions < seen
+        self.last = None  # the last draft, where its root stood, and how many of its first nodes the adapter has seen
         h = in_chunks(partial(self.model.run_layers, first=0, last=self.depth), self.model.embed(ids), cache)
         in_chunks(self.adapter, h, self.cache)
         return h
 
     def draft(self, ids, n_max, cache):
-        start = len(ids) - 1
-        self.seen = min(self.seen, start)  # what the adapter saw of rejected tokens is forgotten
-        tokens, confidence, token = [], [], ids[-1:]
+        start, nodes, open_from, pool = len(ids) - 1, [Node(ids[-1], 0, 0, 1.0, 1.0)], 0, []
+        self.keep(ids)
+        growing = n_max > 0
         while True:
-            position = start + len(tokens)
-            x = one_shape(self.model.embed(token), position, cache, self.width)
-            self.states[:, position] = self.model.run_layers(*x, 0, self.depth)[:, 0]  # first early exit
-            # Second early exit: the token that fell below the threshold is chosen already, so it is verified too.
-            if len(tokens) == n_max or (tokens and confidence[-1] <= self.threshold):
-                return Draft(tokens, self.states[:, start:position + 1], confidence)
-            logits, sure = self.predict(self.adapt(position + 1))
-            token = self.sampler.choose(logits, position + 1)
-            drafted, sure = torch.cat((token.double(), sure.double())).tolist()  # one host sync
-            tokens.append(int(drafted)), confidence.append(sure)
+            rows, parents = nodes[open_from:], [node.parent for node in nodes[1:]]
+            x = one_shape(self.model.embed([node.token for node in rows]), start, cache, self.width, parents)
+            h = self.model.run_layers(*x, 0, self.depth)[:, :len(rows)]  # first early exit
+            self.states[:, start + open_from:start + len(nodes)] = h
+            if not growing:
+                draft = Draft([node.token for node in nodes[1:]], self.states[:, start:start + len(nodes)],
+                              [node.confidence for node in nodes[1:]], parents)
+                self.last = draft, start, open_from
+                return draft
+            if open_from:
+                x = self.adapter(*one_shape(h, start, self.cache, self.width, parents))[0, :len(rows)]
+            else:
+                x = self.adapt(start + 1)
+            pool += self.children(x, rows, open_from, start)
+            # Best first: of the candidates that there is room for, those that are sure enough are followed further. Second
+            # early exit: when none is, the others end the draft. They are chosen already, so they are verified too.
+            pool.sort(key=lambda node: -node.product)
+            best = pool[:self.nodes + 1 - len(nodes)]
+            sure = [node for node in best if node.depth < n_max and not node.confidence <= self.threshold]
+            open_from, pool = len(nodes), [node for node in pool if node not in sure]
+            nodes += sure or best
+            growing = bool(sure) and len(nodes) <= self.nodes
+
+    def children(self, x, rows, first, start):
+        """The candidates that follow the open nodes `rows`, whose first is node `first`, from the adapter's states x."""
+        logits, sure = self.predict(x)
+        tokens = self.sampler.candidates(logits, start + 1, [node.depth for node in rows], sure.shape[1])
+        drafted = torch.stack((tokens.double(), sure.double()), -1).tolist()  # one host sync
+        return [Node(int(token), parent, node.depth + 1, p, node.product * p) for parent, (node, candidates)
+                in enumerate(zip(rows, drafted), first) for token, p in candidates if token >= 0]
 
     def predict(self, x):
-        """The adapter's state (1, hidden_size) -> logits (1, vocab_size), and the top-1 probability (1,) float32."""
+        """The adapter's states (T, hidden_size) -> logits (T, vocab_size), and the K highest probabilities (T, K) float32."""
         logits = (self.adapter.head or self.model.lm_head)(x)
-        sure = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).max(-1).values
+        probabilities = (logits.float() / (self.sampler.temperature or 1)).softmax(-1)
+        sure = probabilities.max(-1, keepdim=True).values if self.candidates == 1 else probabilities.topk(
+            min(self.candidates, logits.shape[1])).values
         if self.adapter.vocabulary is not None:
-            every = logits.new_full((1, self.model.config.vocab_size), -math.inf)
+            every = logits.new_full((len(x), self.model.config.vocab_size), -math.inf)
             logits = every.index_copy_(1, self.adapter.vocabulary, logits)
         return logits, sure
+
+    def keep(self, ids):
+        """Of the last draft, keep what became part of `ids`: the adapter's rows and the exit states of the accepted path."""
+        if self.last is None:
+            return
+        draft, start, seen = self.last
+        path, node = [], 0
+        for token in ids[start + 1:]:
+            if not (node := draft.child(node, token)):
+                break
+            path.append(node)
+        self.cache.keep(start, path)
+        if path != list(range(1, 1 + len(path))):
+            self.states[:, start + 1:start + 1 + len(path)] = self.states[:, [start + node for node in path]]
+        self.seen += sum(node < seen for node in path)
 
     def adapt(self, end):
         """Run the adapter on the positions < end that it has not seen; its state (1, hidden_size) at end − 1.
 
-        That is one position, or after a fully accepted draft two: the last drafted token was run but never drafted from.
+        That is one position, or after a fully accepted path two: its last token was run but never drafted from.
         """
         while self.seen < end:
             rows = self.states[:, self.seen:min(end, self.seen + self.width)]
@@ -215,26 +293,29 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
     """
     ids, n_layers, sampler = list(prompt), len(model.layers), sampler or Sampler()
     end = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
-    cache = cache or model.new_cache(end + width)
+    cache = cache or model.new_cache(end + 2 * width)
     h = drafter.prefill(ids[:-1], cache)
     in_chunks(partial(model.run_layers, first=drafter.depth, last=n_layers), h, cache)
     while len(ids) < end:
         start = len(ids) - 1  # the position of the last committed token, which has not been run yet
         draft = drafter.draft(ids, min(steps, end - len(ids) - 1, room_for_draft(start, width)), cache)
         # Verify: the remaining layers, in one pass over the last committed token and all drafted ones.
-        h = model.run_layers(*one_shape(draft.hidden, start, cache, width), drafter.depth, n_layers)
+        h = model.run_layers(*one_shape(draft.hidden, start, cache, width, draft.parents), drafter.depth, n_layers)
         logits = model.logits(h)[0, :len(draft.tokens) + 1]
-        choices = sampler.choose(logits, start + 1)  # what the target itself would say after each of them
+        choices = sampler.choose(logits, start + 1, draft.depth())  # what the target itself would say after each of them
         top = logits.gather(1, choices[:, None])[:, 0]  # NaN and infinity win every comparison, so here they show
         choices, finite = torch.stack((choices, top.isfinite())).tolist()  # one host sync
         if not all(finite):
             raise UserError(f"NaN or infinite values come out of {find_nonfinite(model, ids)}: "
                             f"damaged weights, or too large for {logits.dtype} (see --dtype)")
-        accepted = next((i for i, token in enumerate(draft.tokens) if token != choices[i]), len(draft.tokens))
-        new = choices[:accepted + 1]  # the accepted prefix equals the target's choices; one more is the target's own
+        path, node = [], 0  # from the root down, the child that proposes what the target itself says
+        while node := draft.child(node, choices[node]):
+            path.append(node)
+        new = [choices[node] for node in (0, *path)]  # the accepted path says the target's choices; one more is its own
         new = new[:next((i for i, token in enumerate(new) if token in eos), len(new)) + 1]
+        cache.keep(start, path)
         ids += new  # commit; the cache rows of rejected tokens are overwritten by the next round
-        yield Round(new, min(accepted, len(new)), draft)
+        yield Round(new, path[:len(new)], draft)
         if new[-1] in eos:
             return
 
@@ -268,11 +349,15 @@ def load_adapter(folder, model, exit_layer=None):
         raise UserError(f"{where}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 for 13B)")
     if not isinstance(exit_layer, int) or not 0 <= exit_layer < target.num_hidden_layers:
         raise UserError(f"exit layer {exit_layer!r}: must be at least 0 and below the model's {target.num_hidden_layers} layers")
-    for name, kind in (("steps", int), ("threshold", (int, float))):
-        if name in data and not isinstance(data[name], kind):
-            raise UserError(f"{where}: {name} = {data[name]!r} is not a number that --{name} would take")
+    if not isinstance(data.get("tree", {}), dict):
+        raise UserError(f"{where}: tree = {data['tree']!r} is no object with the settings of --tree")
+    for settings in (data, data.get("tree", {})):
+        for name, kind in SETTINGS.items():
+            if name in settings and not isinstance(settings[name], kind):
+                flag = name.replace("_", "-")
+                raise UserError(f"{where}: {name} = {settings[name]!r} is not a number that --{flag} would take")
     architecture = data.get("architecture", "attention")
-    if architecture not in ADAPTERS:
+    if architecture not in list(ADAPTERS):  # a list, for JSON may hold what cannot be looked up
         raise UserError(f"{where}: architecture = {architecture!r}, choose from {', '.join(ADAPTERS)}")
     adapter = build(ADAPTERS[architecture], config, device, dtype)
     if str(folder) == "random":
@@ -347,21 +432,37 @@ def parse_arguments(argv):
     option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model folder's, or none)")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
-    option("--width", "W", "rows of a step; 1 with --drafter none is the plain baseline", WIDTH, type=int)
-    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: start each kernel from Python, to see what it costs")
-    parser.add_argument("--compile", action="store_true", help="fuse pointwise operations with torch.compile (takes a minute)")
-    parser.add_argument("--tf32", action="store_true", help="on a GPU: let products of float32 round to TF32")
+    parser.add_argument("--tree", action="store_true", help="draft a tree: where the draft is unsure, several continuations; "
+                        f"γ and η are then the adapter's for a tree, or {TREE_STEPS} and {TREE_THRESHOLD}")
+    option("--top-candidates", "K", f"the most children of a node of the tree (default: the adapter's or {TOP_CANDIDATES})",
+           type=int)
+    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or one less than the width)", type=int)
+    option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} (default: {TREE_WIDTH}); "
+           "1 with --drafter none is the plain baseline", type=int)
+    parser.add_argument("--no-graphs", action="store_true", help="on a GPU: start every kernel from Python, without CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="on a GPU: fuse pointwise operations with torch.compile (slow start)")
+    parser.add_argument("--tf32", action="store_true", help="on a GPU: let products of float32 be rounded to TF32")
     parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
+    option("--trace", "FILE", "write a page (HTML) that replays the decoding of one prompt round by round")
     parser.add_argument("-h", "--help", action="help", help="show this text")
     args = parser.parse_args(argv)
+    if args.width is None:
+        args.width = TREE_WIDTH if args.tree else WIDTH
     for fits, message in (
             ((args.prompt is None) != (args.prompts is None), "give one of --prompt TEXT and --prompts FILE (see --help)"),
             (args.drafter in DRAFTERS, f"--drafter {args.drafter}: no such drafter, choose from {', '.join(DRAFTERS)}"),
             (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least 1"),
             (args.width >= 1, f"--width {args.width}: must be at least 1"),
             (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
-            (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too")):
+            (args.trace is None or Path(args.trace).parent.is_dir() and not Path(args.trace).is_dir(),
+             f"--trace {args.trace}: must be a file, in a folder that exists"),
+            (args.trace is None or not args.tree, f"--trace {args.trace}: replays a chain, leave out --tree"),
+            (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too"),
+            (args.drafter == "kangaroo" or not args.tree, f"--tree: --drafter {args.drafter} drafts no tree, only kangaroo does"),
+            (args.width > CHAIN_WIDTH or not args.tree, f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),
+            (args.tree or args.top_candidates is None, "--top-candidates: is for a tree, give --tree too"),
+            (args.tree or args.nodes is None, "--nodes: is for a tree, give --tree too")):
         if not fits:
             raise UserError(message)
     return args
@@ -440,12 +541,21 @@ class Decoder:
                 raise UserError(f"no adapter for {folder}: give --adapter DIR (or `random`), or --drafter lookup or none")
             self.adapter, facts = load_adapter(where, self.model, args.exit_layer)
             self.exit_layer = facts["exit_layer"]
-        self.steps = args.steps if args.steps is not None else min(facts.get("steps", STEPS), args.width - 1)
-        self.threshold = args.threshold if args.threshold is not None else facts.get("threshold", THRESHOLD)
+        if args.tree:  # what suits a chain need not suit a tree
+            facts = {"steps": TREE_STEPS, "threshold": TREE_THRESHOLD} | facts.get("tree", {})
+        facts = {"steps": STEPS, "threshold": THRESHOLD, "top_candidates": TOP_CANDIDATES, "nodes": args.width} | facts
+        facts |= {name: min(facts[name], args.width - 1) for name in ("steps", "nodes")}
+        facts |= {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+        self.steps, self.threshold = facts["steps"], facts["threshold"]
+        self.tree = (facts["top_candidates"], facts["nodes"]) if args.tree else (1, None)
         if not 0 <= self.steps < args.width:
             raise UserError(f"--steps {self.steps}: must be from 0 to {args.width - 1}, one less than --width {args.width}")
         if not 0 <= self.threshold <= 1:
             raise UserError(f"--threshold {self.threshold}: must be in [0, 1]")
+        if args.tree and self.tree[0] < 1:
+            raise UserError(f"--top-candidates {self.tree[0]}: must be at least 1")
+        if args.tree and not 1 <= self.tree[1] < args.width:
+            raise UserError(f"--nodes {self.tree[1]}: must be from 1 to {args.width - 1}, one less than --width {args.width}")
         for module in (self.model, self.adapter):
             if module is not None:
                 pack(module, args.width)
@@ -456,6 +566,7 @@ class Decoder:
             print(f"warning: {device} does not treat the rows of a {dtype} step of width {args.width} alike, "
                   "so the output may differ from vanilla decoding", file=sys.stderr)
         drafter = f"exit layer {self.exit_layer}, γ {self.steps}, η {self.threshold:g}" if self.adapter else args.drafter
+        drafter += f", tree of {self.tree[1]} nodes, {self.tree[0]} candidates" if args.tree else ""
         self.settings = (f"{folder.name} · {device} · {str(dtype).removeprefix('torch.')} · chat template {self.chat} · "
                          f"drafter {drafter} · width {args.width}")
         self.graphs = device.type == "cuda" and not args.no_graphs
@@ -481,7 +592,9 @@ class Decoder:
     def rounds(self, ids, drafter, max_new_tokens=None):
         """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
         args, model = self.args, self.model
-        more = (self.adapter, self.exit_layer, self.threshold, self.sampler, args.width) if drafter == "kangaroo" else ()
+        more = ()
+        if drafter == "kangaroo":
+            more = self.adapter, self.exit_layer, self.threshold, self.sampler, args.width, *self.tree
         drafter = DRAFTERS[drafter](model, *more)
         if self.graphs and more:
             graph_drafter(drafter)
@@ -494,10 +607,11 @@ class Decoder:
                 return
             yield round_, time.perf_counter() - begin
 
-    def decode(self, ids, show):
-        """Decode ids, calling show(text, whether it was drafted) as text comes; returns what --json prints."""
+    def decode(self, ids, show, watch=lambda round_: None):
+        """Decode ids, calling watch(round), then show(text, whether it was drafted) a token; returns what --json prints."""
         stream = TextStream(self.tokenizer, ids)
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [], "accepted": [], "seconds": 0.0}
+        trees = result.setdefault("trees", []) if self.args.tree else None
 
         def put(text, drafted):
             if not result["text"] and self.chat != "none":
@@ -511,6 +625,11 @@ class Decoder:
             result["ids"] += round_.tokens
             result["drafted"].append(len(round_.draft.tokens))
             result["accepted"].append(round_.accepted)
+            watch(round_)
+            if self.args.tree:
+                draft = round_.draft
+                trees.append({"tokens": draft.tokens, "parents": draft.parents, "confidence": draft.confidence,
+                              "accepted": round_.path})
             for i, token in enumerate(round_.tokens):
                 if token not in self.model.config.eos_token_ids:
                     put(stream.push(token), i < round_.accepted)
@@ -530,7 +649,10 @@ def summary(results):
     rounds = [pair for r in results for pair in zip(r["drafted"], r["accepted"])]
     parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s",
              f"compression rate {tokens / len(rounds):.2f}"]
-    if any(drafted for drafted, _ in rounds):
+    if "trees" in results[0]:
+        drafted, accepted = (statistics.mean(pair) for pair in zip(*rounds))
+        parts.append(f"{drafted:.1f} nodes drafted and {accepted:.2f} accepted a round")
+    elif any(drafted for drafted, _ in rounds):
         reached = [[a >= w for d, a in rounds if d >= w] for w in range(1, max(d for d, _ in rounds) + 1)]
         parts.append("accepted by draft position " + " ".join(f"{statistics.mean(hits):.0%}" for hits in reached))
     if "identical" in results[0]:
@@ -543,6 +665,8 @@ def summary(results):
 def run(args):
     """Decode all prompts and print; returns the exit status."""
     prompts = read_prompts(args)
+    if args.trace and len(prompts) > 1:
+        raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds {len(prompts)}")
     decoder = Decoder(args)
     all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
     decoder.make_room(all_ids)
@@ -562,12 +686,15 @@ def run(args):
         vanilla = decoder.decode_vanilla(ids) if args.compare and i % 2 else {}  # neither is always second
         if not args.json and (decoder.chat == "none" or len(prompts) > 1):
             print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
-        result = decoder.decode(ids, show)
+        recorder = Recorder(decoder, prompt, ids) if args.trace else None
+        result = recorder.decode(show) if recorder else decoder.decode(ids, show)
         if args.compare:
             result |= vanilla or decoder.decode_vanilla(ids)
             result["identical"] = result["ids"] == result["vanilla_ids"]
         print(json.dumps(result) if args.json else "" if i + 1 == len(prompts) else "\n", flush=True)
         results.append(result)
+        if recorder:
+            write_page(args.trace, recorder.data(result))
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     return 0 if all(r.get("identical", True) for r in results) else 1
 

@@ -6,6 +6,8 @@ What is special here serves one promise of `kangaroo.py`, that speculative decod
   rows are simply overwritten by the next ones. So the layers can be run in pieces, and rolled back by doing nothing.
 - **One shape.** Every decode step computes the same number of rows against a view of the cache whose length depends on
   the position alone (`one_shape`). The same kernels then add up in the same order, whether 1 row is live or 6.
+- **One order.** A node of a tree lies at another row of the cache than vanilla decoding's token would, but its row adds up
+  keys and values in the order of positions, as vanilla does (`attend_in_order`).
 - **One noise.** The random numbers that choose the token at position t depend on (seed, t) alone (`Sampler`).
 
 Left out on purpose: text (`tokenizer.py`), batched decoding, quantisation, other architectures. Names are Hugging Face's.
@@ -19,6 +21,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,36 +150,64 @@ class KVCache:
     """
     BLOCK = 64  # a view grows by this many positions
 
-    def __init__(self, k, v, length):
-        self.k, self.v, self.length = k, v, length  # k, v: lists, a tensor a layer; length: how many rows are in view
+    def __init__(self, rows, length, by_layer=None):
+        self.rows, self.length = rows, length  # rows (2, layers, 1, positions, kv_heads, head_dim); length: of the view
+        self.k, self.v = by_layer or (list(rows[0]), list(rows[1]))
+        self.slots = self.columns = None  # of a view for a tree: see one_shape
 
     @classmethod
     def zeros(cls, config, n_layers, length, like):
         """Room for `length` positions, rounded up to whole blocks, with the dtype and device of the tensor `like`."""
         length = -(-length // cls.BLOCK) * cls.BLOCK
-        shape = 2, n_layers, 1, length, config.num_key_value_heads, config.head_dim
-        return cls(*(list(rows) for rows in like.new_zeros(shape)), length)
+        return cls(like.new_zeros(2, n_layers, 1, length, config.num_key_value_heads, config.head_dim), length)
 
     def view(self, end):
         """The blocks that cover positions 0 … end − 1, sharing memory. Attention costs what is in view, not the room."""
-        return KVCache(self.k, self.v, -(-end // self.BLOCK) * self.BLOCK)
+        return KVCache(self.rows, -(-end // self.BLOCK) * self.BLOCK, (self.k, self.v))
 
-    def update(self, layer, positions, k, v):
-        """Write k, v (1, T, kv_heads, head_dim) at positions (T,); return the layer's rows in view (1, S, kv_heads, head_dim)."""
-        self.k[layer].index_copy_(1, positions, k)
-        self.v[layer].index_copy_(1, positions, v)
+    def keep(self, start, path):
+        """After a step whose node i stands at row start + i: move the rows of the nodes `path` to start + 1, start + 2, …"""
+        if path != list(range(1, len(path) + 1)):  # a chain's are there already
+            kept = self.rows[:, :, :, [start + node for node in path]]  # one copy for all layers
+            self.rows[:, :, :, start + 1:start + 1 + len(path)] = kept
+
+    def update(self, layer, slots, k, v):
+        """Write k, v (1, T, kv_heads, head_dim) at the rows slots (T,); return the rows in view (1, S, kv_heads, head_dim)."""
+        self.k[layer].index_copy_(1, slots, k)
+        self.v[layer].index_copy_(1, slots, v)
         return self.k[layer][:, :self.length], self.v[layer][:, :self.length]
 
 
-def one_shape(x, start, cache, width):
+CHAIN_WIDTH = 8  # steps of at most so many rows hold a chain only, and use PyTorch's fused attention
+
+
+def one_shape(x, start, cache, width, parents=None):
     """The arguments (x, positions, cache) of a decode step of exactly `width` rows, of which x (1, T ≤ width, d) are live.
 
     A product of 1 row and one of 5 rows may run different kernels, add up in different orders and round differently. So
     every step has `width` rows and a view set by `start`; the dead rows are zeros. What they write to the cache lies
     beyond the live rows, where no live row sees it and the next step overwrites it.
+
+    With `parents` the rows are the last T nodes of a tree: node 0 is its root, at position `start`; parents[i − 1] < i is
+    the parent of node i. Node i lies at row start + i of the cache, its slot, and stands at position start + its depth.
+    The view of the cache then says for each row which slot holds which position on the row's path (`columns`).
     """
-    positions = torch.arange(start, start + width, device=x.device)
-    return F.pad(x, (0, 0, 0, width - x.shape[1])), positions, cache.view(start + width)
+    first = 0 if parents is None else 1 + len(parents) - x.shape[1]
+    slots, x = torch.arange(start + first, start + first + width, device=x.device), F.pad(x, (0, 0, 0, width - x.shape[1]))
+    chain, view = parents is None or parents == list(range(len(parents))), cache.view(start + width)
+    if width > CHAIN_WIDTH:
+        view.columns = torch.arange(view.length, device=x.device).repeat(width, 1)
+    if chain:  # slots and positions are the same
+        return x, slots, view
+    assert width > CHAIN_WIDTH, f"a tree needs a width above {CHAIN_WIDTH}"
+    paths = [[0]]
+    for node, parent in enumerate(parents, 1):
+        paths.append([*paths[parent], node])
+    live = [path + list(range(len(path), width)) for path in paths[first:]]  # what follows a node's depth is masked
+    view.columns[:len(live), start:start + width] = torch.tensor(live).to(x.device, non_blocking=True) + start
+    depth = [len(path) - 1 for path in paths[first:]] + [0] * (width - len(live))
+    view.slots = slots
+    return x, torch.tensor(depth).to(x.device, non_blocking=True) + start, view
 
 
 def room_for_draft(start, width):
@@ -236,20 +267,22 @@ def inverse_frequencies(config, device):
 
 class Rows(NamedTuple):
     """What all layers of a pass share about its T rows."""
-    positions: torch.Tensor  # (T,) where keys and values are written
+    slots: torch.Tensor      # (T,) where keys and values are written
     cos: torch.Tensor        # (T, 1, head_dim)
     sin: torch.Tensor        # (T, 1, head_dim), the first half negated
-    mask: torch.Tensor       # (T, S): 0 where a row sees the key, −inf where not; None: causal among the T rows
+    mask: torch.Tensor       # (T, S): 0 where a row sees the position, −inf where not; None: causal among the T rows
+    columns: torch.Tensor    # (T, S): the slot that holds the position; None: slot and position are the same
 
     @classmethod
     def at(cls, config, positions, x, cache):
         angle = positions[:, None].float() * inverse_frequencies(config, positions.device)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        mask = None
+        slots, mask, columns = positions, None, None
         if cache is not None:
+            slots, columns = positions if cache.slots is None else cache.slots, cache.columns
             unseen = torch.arange(cache.length, device=positions.device) > positions[:, None]
             mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -math.inf)
-        return cls(positions, torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype), mask)
+        return cls(slots, torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype), mask, columns)
 
 
 def rotate(x, cos, sin):
@@ -281,6 +314,25 @@ def silu_and_multiply(gate_up):
     return F.silu(gate) * up
 
 
+def attend_in_order(q, k, v, rows):
+    """Attention of T nodes q (1, T, H, D) on the slots in view k, v (1, S, K, D); each row adds up in order of position.
+
+    Floating-point sums depend on the order of their terms. The scores are one product with the slots as they lie, then put
+    in order by row. The values before the last BLOCK + T slots are where they belong for every row: one product. The last
+    ones are gathered by row. Vanilla decoding at this width does the same with columns that change nothing.
+    """
+    (_, T, H, D), (_, S, K, _) = q.shape, k.shape
+    shared = max(0, S - KVCache.BLOCK - T)
+    q = (q * D ** -0.5).view(T, K, H // K, D).transpose(0, 1)  # (K, T, G, D): the G heads of a group share keys and values
+    scores = (q.reshape(K, -1, D) @ k[0].permute(1, 2, 0)).view(K, T, -1, S)
+    scores = scores.gather(3, rows.columns[None, :, None].expand_as(scores)) + rows.mask[:, None]
+    p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    y = p[..., shared:] @ v[0][rows.columns[:, shared:]].permute(2, 0, 1, 3)  # (K, T, G, D)
+    if shared:
+        y = y + (p[..., :shared].reshape(K, -1, shared) @ v[0, :shared].transpose(0, 1)).view_as(y)
+    return y.transpose(0, 1).reshape(1, T, H, D)
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention with RoPE; the target's layers and Kangaroo's adapter both use it."""
 
@@ -298,8 +350,9 @@ class Attention(nn.Module):
         qk, v = rotate(qkv[:, :, :H + K], rows.cos, rows.sin), qkv[:, :, H + K:]
         q, k = qk[:, :, :H], qk[:, :, H:]
         if cache is not None:
-            k, v = cache.update(layer, rows.positions, k, v)  # (1, S, K, D)
-        return self.o_proj(attend(q, k, v, rows.mask).reshape(B, T, H * D))
+            k, v = cache.update(layer, rows.slots, k, v)  # (1, S, K, D)
+        y = attend(q, k, v, rows) if rows.columns is None else attend_in_order(q, k, v, rows)
+        return self.o_proj(y.reshape(B, T, H * D))
 
 
 class MLP(nn.Module):
@@ -544,15 +597,26 @@ class Sampler:
             scores = scores.masked_fill(probs < ascending.gather(0, cut[None]), -math.inf)
         return scores
 
-    def choose(self, logits, position):
-        """logits (T, V) of rows whose next tokens stand at position, position + 1, … -> token ids (T,), on the device.
+    def perturbed(self, logits, position, depth=None):
+        """logits (T, V) of rows whose next tokens stand at position + depth[i] (None: + i) -> what the choice is the argmax of.
 
         Rows go one by one: a reduction over several rows may add up in another order than over one.
         """
         if self.temperature == 0:
-            return logits.max(-1).indices  # of equals the first; several times as fast as argmax on a CPU
-        return torch.stack([(self.scores(row) + self.noise(position + i, len(row), row.device)).argmax()
-                            for i, row in enumerate(logits)])
+            return logits
+        return torch.stack([self.scores(row) + self.noise(position + i, len(row), row.device)
+                            for i, row in zip(depth or count(), logits)])
+
+    def choose(self, logits, position, depth=None):
+        """The token of each row: ids (T,), on the device."""
+        return self.perturbed(logits, position, depth).max(-1).indices  # of equals the first; on a CPU faster than argmax
+
+    def candidates(self, logits, position, depth, k):
+        """The k tokens of each row that come nearest to being chosen, the chosen one first: ids (T, k), −1 for excluded ones."""
+        if k == 1:
+            return self.choose(logits, position, depth)[:, None]
+        best = self.perturbed(logits, position, depth).topk(k)
+        return best.indices.masked_fill(best.values == -math.inf, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,24 +638,32 @@ def generate_naive(model, prompt, max_new_tokens, sampler, eos=()):
 def rows_are_alike(model, width):
     """Does this device treat the rows of a step alike, so that one shape means one result? Checked, not believed.
 
-    `width` tokens run as one step and one by one; logits and cache must be equal bit for bit. Two layers and the LM head
-    suffice, because all layers have the same shapes and so run the same kernels. Takes width + 1 steps of these.
+    `width` tokens run as one step and one by one; logits and cache must be equal bit for bit. At a width for trees, once
+    more as two branches whose nodes alternate. Two layers and the LM head suffice, because all layers have the same shapes
+    and so run the same kernels. Takes at most 3/2 width + 2 steps of these.
     """
     depth, start = min(2, len(model.layers)), KVCache.BLOCK // 2
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache.zeros(model.config, depth, start + 2 * width, model.norm.weight)
-    for rows in cache.k + cache.v:
-        rows.copy_(torch.randn(rows.shape, generator=generator))
-    alone = KVCache([k.clone() for k in cache.k], [v.clone() for v in cache.v], cache.length)
+    before = KVCache.zeros(model.config, depth, start + 2 * width, model.norm.weight)
+    before.rows.copy_(torch.randn(before.rows.shape, generator=generator))
     x = model.embed(torch.randint(model.config.vocab_size, (width,), generator=generator).tolist())
 
-    def step(x, start, cache):
-        return model.logits(model.run_layers(*one_shape(x, start, cache, width), 0, depth))[0]
+    def step(x, start, cache, parents=None):
+        return model.logits(model.run_layers(*one_shape(x, start, cache, width, parents), 0, depth))[0]
 
-    together, end = step(x, start, cache), start + width
-    one_by_one = torch.stack([step(x[:, i:i + 1], start + i, alone)[0] for i in range(width)])
-    return torch.equal(together, one_by_one) and all(
-        torch.equal(a[:, :end], b[:, :end]) for a, b in zip(cache.k + cache.v, alone.k + alone.v))
+    chain, branches = list(range(width - 1)), [max(0, node - 1) for node in range(width - 1)]
+    for parents in (chain, branches) if width > CHAIN_WIDTH else (chain,):
+        path = [width - 1]
+        while path[0]:
+            path.insert(0, parents[path[0] - 1])
+        cache, alone = (KVCache(before.rows.clone(), before.length) for _ in range(2))
+        together = step(x, start, cache, parents)[path]
+        one_by_one = torch.stack([step(x[:, node:node + 1], start + i, alone)[0] for i, node in enumerate(path)])
+        cache.keep(start, path[1:])
+        end = start + len(path)
+        if not (torch.equal(together, one_by_one) and torch.equal(cache.rows[:, :, :, :end], alone.rows[:, :, :, :end])):
+            return False
+    return True
 
 
 def find_nonfinite(model, ids):

@@ -22,6 +22,7 @@ import random
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_documents(path, allow_truncated=False):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     if text.lstrip().startswith("["):
         entries = json_list(path, text, allow_truncated)
@@ -68,7 +69,7 @@ def json_lines(path, text):
         if source.strip():
             try:
                 yield line, json.loads(source)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{path}:{line}: not valid JSON ({e})") from None
 
 
@@ -92,7 +93,7 @@ def json_list(path, text, allow_truncated):
             end = skip(" \t\r\n", end)
             if text[end:end + 1] not in (",", "]"):
                 raise ValueError("expected , or ]")
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             what = f"{path}:{line}: {len(entries)} entries are readable, then the JSON list breaks ({e})"
             if not allow_truncated:
                 raise UserError(f"{what}; --allow-truncated goes on with these") from None
@@ -108,7 +109,7 @@ ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "chatgpt": 1}
 def document_of(entry, where):
     """A text, or a list of turns that begins with the user's and ends with the assistant's; empty if nothing can be learned."""
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return entry["text"]
+        return whole_characters(entry["text"])
     messages = (entry.get("conversations") or entry.get("messages")) if isinstance(entry, dict) else None
     if messages == [] or isinstance(entry, dict) and entry.get("conversations") == []:
         return []
@@ -121,10 +122,15 @@ def document_of(entry, where):
     turns = []
     for role, text in said:
         if ROLES.get(role) == len(turns) % 2 and text.strip():
-            turns.append(text)
+            turns.append(whole_characters(text))
         elif turns:
             break  # two turns of one role, or a role unknown here: what follows is another conversation
     return turns[:len(turns) // 2 * 2]
+
+
+def whole_characters(text):
+    """The text with a ? for each half of a character that JSON's escapes left alone: no tokenizer takes these."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def encode(document, tokenizer, template, eos, max_length):
@@ -134,14 +140,15 @@ def encode(document, tokenizer, template, eos, max_length):
     before an answer is encoded as decoding would encode it.
     """
     if isinstance(document, str):
-        ids = tokenizer.encode(document)[:max_length - 1] + list(eos[:1])
+        ids = (tokenizer.encode(document) + list(eos[:1]))[:max_length]
         return ids, [False] + [True] * (len(ids) - 1)
+    document = [turn.strip() if i % 2 else turn for i, turn in enumerate(document)]  # templates put no blanks round an answer
     ids, learn = [], []
     for i in range(1, len(document), 2):
         if len(ids) >= max_length:
             break
         text = render_chat(template, document[:i])
-        before, after = tokenizer.encode(text), tokenizer.encode(text + template.assistant.format(document[i].strip()))
+        before, after = tokenizer.encode(text), tokenizer.encode(text + template.assistant.format(document[i]))
         start = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
         end = next((k + 1 for k in range(start, len(after)) if after[k] in eos), len(after))
         # Earlier turns are encoded alike in this text, up to the tokens that the next turn may merge with.
@@ -153,7 +160,7 @@ def encode(document, tokenizer, template, eos, max_length):
 def is_held_out(document):
     """Decided by the first turn or text itself, so that a prompt is on one side in every file that it occurs in."""
     first = document if isinstance(document, str) else document[0]
-    return int.from_bytes(hashlib.sha256(first.encode("utf-8", "replace")).digest()[:4], "big") % HELD_OUT == 0
+    return int.from_bytes(hashlib.sha256(first.strip().encode("utf-8", "replace")).digest()[:4], "big") % HELD_OUT == 0
 
 
 def batches_of(examples, batch_tokens):
@@ -177,7 +184,7 @@ def batches_of(examples, batch_tokens):
 
 
 def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
-    """The ids (size,), ascending, of the tokens most often to be predicted, end of sequence included, and the share they cover."""
+    """The ids (size,), ascending, of the tokens most often to be predicted, end of sequence included, and their share."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for document in random.Random(0).sample(documents, min(sample, len(documents))):
         ids, learn = encode(document)
@@ -370,11 +377,12 @@ def load_checkpoint(path, module, optimizers, options, device):
     """Fill module and optimizers; returns the rest of the state. UserError unless made with the same options."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        made_with = state["options"]
     except Exception as e:  # torch.load raises whatever a damaged file leads it to
         raise UserError(f"{path}: no checkpoint that --resume could go on from ({type(e).__name__})") from None
     for name, value in options.items():
-        if state["options"].get(name) != value:
-            raise UserError(f"{path}: was made with {name} = {state['options'].get(name)}, --resume needs the same, not {value}")
+        if made_with.get(name) != value:
+            raise UserError(f"{path}: was made with {name} = {made_with.get(name)}, --resume needs the same, not {value}")
     module.load_state_dict(state.pop("weights"))
     for optimizer, saved in zip(optimizers, state.pop("optimizers")):
         optimizer.load_state_dict(saved)
@@ -401,13 +409,16 @@ def train(args):
     documents, held = split(args)
     vocabulary, coverage = None, 1.0
     if args.vocabulary:
+        if args.vocabulary > config.vocab_size:
+            raise UserError(f"--vocabulary {args.vocabulary}: must be at most the model's vocab_size {config.vocab_size}")
         vocabulary, coverage = most_frequent(documents, args.vocabulary, encoded, config.vocab_size, eos)
         vocabulary = vocabulary.to(device)
     target = Target(model, args.exit_layer, vocabulary)
     torch.manual_seed(args.seed)
     adapter = first_adapter(args, model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    options = {name: getattr(args, name) for name in EXACT} | {"target": model.fingerprint, "documents": len(documents)}
+    options = {name: getattr(args, name) for name in EXACT} | {"target": model.fingerprint, "chat": chat,
+                                                                "documents": len(documents)}
     state = {"step": 0, "window": 0, "update": 0, "tokens": 0, "seconds": 0.0, "options": options}
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
     if args.resume:
@@ -422,7 +433,10 @@ def train(args):
               + (f" · drafts from {args.vocabulary} tokens, {coverage:.1%} of the text" if args.vocabulary else ""),
               file=sys.stderr)
         held_out = [target.states(*batch) for batch in held_out_batches(held, encoded, args)]
+        if not held_out:
+            raise UserError(f"--max-length {args.max_length}: leaves nothing to learn of the {len(held)} held-out documents")
         prompts = [prompt_of(document, tokenizer, template) for document in held[:args.eval_prompts]]
+        prompts = [ids for ids in prompts if len(ids) < config.max_position_embeddings]
         progress = Progress(log, args.updates, state["step"])
     elapsed = state["seconds"]
     begin = time.perf_counter()
@@ -446,7 +460,7 @@ def train(args):
         if first:
             progress.report(step, dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist())), tokens)
             if step % args.eval_every == 0 or done:
-                figures = evaluate(adapter, target, held_out, prompts, args)
+                state["held_out"] = figures = evaluate(adapter, target, held_out, prompts, args)
                 progress.write({"step": step, "held_out": figures})
                 print("\nheld out: " + " · ".join(f"{name} {value:.3f}" for name, value in figures.items()), file=sys.stderr)
             if step % args.save_every == 0 or done:
@@ -455,7 +469,7 @@ def train(args):
         facts = {"data": [Path(p).name for p in args.data], "updates": args.updates, "tokens": state["tokens"],
                  "seconds": round(state["seconds"]), "device": str(device), "loss": args.loss, "lr": args.lr,
                  "init": args.init and read_json(args.init / "config.json").get("training", str(args.init)),
-                 "vocabulary_coverage": round(coverage, 4), "held_out": {k: round(v, 4) for k, v in figures.items()}}
+                 "vocabulary_coverage": round(coverage, 4), "held_out": {k: round(v, 4) for k, v in state["held_out"].items()}}
         save_adapter(args.out, adapter, args, model, vocabulary, chat, facts)
     if ranks > 1:
         dist.destroy_process_group()

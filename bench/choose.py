@@ -1,10 +1,16 @@
-"""Choose γ and η for an adapter by decoding prompts with each pair of them, and print the table.
+"""Choose γ and η for an adapter on real prompts, and print the table of all pairs; for a tree K too.
 
-    python bench/choose.py --model DIR --adapter DIR --prompts FILE [--write]
+    python bench/choose.py --model DIR --adapter DIR --prompts FILE [--tree [--width 32]] [--write]
 
-Take prompts that no reported figure comes from. Tokens, rounds and drafts are counted exactly; the speedup is reckoned from
-these counts and the median times of a vanilla step, a draft step and a verification, all measured in this run: a noisy machine
-then shifts all entries alike. --write puts the best pair into the adapter's config.json.
+Take prompts that no reported figure comes from. Each prompt is decoded once, then the drafter drafts from every position of the
+output. A draft follows from the tokens before it alone, so the rounds of any γ and η can be walked through on paper: the counts
+of tokens, rounds and drafts are exact (and compared with one real decode). The speedup is reckoned from these counts and the
+median times of a vanilla step, a draft step and a verification in this run: a noisy machine then shifts all entries alike.
+--write puts the best pair into the adapter's config.json.
+
+--tree chooses K, γ and η of a draft tree, which takes as many nodes as the width has room for (the rows are computed anyway).
+Its growth depends on all three, so every prompt is decoded with every setting; run it for each width. A draft step is then a
+level of the tree.
 """
 import argparse
 import json
@@ -13,14 +19,63 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from speed import pick  # noqa: E402
 
-from kangaroo import WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
-from llama import Sampler, load_llama, pack, read_json, write_atomically  # noqa: E402
+from kangaroo import TREE_WIDTH, WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
+from llama import KVCache, Sampler, load_llama, pack, read_json, room_for_draft, write_atomically  # noqa: E402
 from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
 
-STEPS, THRESHOLDS = (2, 3, 4, 5, 6, 7), (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
+STEPS, THRESHOLDS = (1, 2, 3, 4, 5, 6, 7), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+TREE_STEPS, TREE_THRESHOLDS, CANDIDATES = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), (2, 4, 10)
+
+
+def decode(model, drafter, ids, steps, args, sampler):
+    """The rounds of a prompt, and the median seconds of a draft step and of the rest of a round."""
+    rounds, drafting, rest, draft = [], [], [], drafter.draft
+
+    def timed(*arguments):
+        begin = time.perf_counter()
+        result = draft(*arguments)
+        drafting.append((time.perf_counter() - begin, max(result.depth()) + 1))
+        return result
+
+    drafter.draft = timed
+    begin = None
+    for round_ in generate(model, drafter, ids, args.new_tokens, steps, sampler, model.config.eos_token_ids, args.width):
+        if begin is not None:  # the first round has the prompt's time in it
+            rest.append(time.perf_counter() - begin - drafting[-1][0])
+        rounds.append(round_)
+        begin = time.perf_counter()
+    return rounds, statistics.median(seconds / n for seconds, n in drafting), statistics.median(rest or [0.0])
+
+
+@torch.inference_mode()
+def drafts_everywhere(model, drafter, ids, output):
+    """[(tokens, confidence)] of the longest drafts: one from the prompt, and one after each token of the output but the last."""
+    cache = KVCache.zeros(model.config, len(model.layers), len(ids) + len(output) + WIDTH, model.norm.weight)
+    drafter.prefill(ids[:-1], cache)
+    drafts = []
+    for i in range(len(output)):
+        n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, WIDTH))
+        drafter.last, drafter.seen = None, len(ids) + i - 1  # what it drafted before is not what was committed
+        draft = drafter.draft(ids + output[:i], n_max, cache)
+        drafts.append((draft.tokens, draft.confidence))
+    return drafts
+
+
+def walk(drafts, output, left, steps, threshold):
+    """(tokens, rounds, tokens drafted) that γ = steps and η = threshold come to; `left` tokens may be made in all."""
+    done = rounds = drafted = 0
+    while done < len(output):
+        tokens, confidence = drafts[done]
+        n = min(steps, left - done - 1, len(tokens))
+        n = next((k + 1 for k in range(n) if confidence[k] <= threshold), n)
+        accepted = next((k for k in range(n) if done + k >= len(output) or tokens[k] != output[done + k]), n)
+        rounds, drafted, done = rounds + 1, drafted + n, min(done + accepted + 1, len(output))
+    return done, rounds, drafted
 
 
 def main():
@@ -29,70 +84,70 @@ def main():
         parser.add_argument(name, required=True)
     parser.add_argument("--each", type=int, default=4, help="prompts of each category")
     parser.add_argument("--skip", type=int, default=10, help="after the first so many of each category")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=512, help="of a longer prompt, only so many last tokens")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--longest", type=int, default=1024, help="of a longer prompt, only so many last tokens")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype")
     parser.add_argument("--device")
+    parser.add_argument("--tree", action="store_true")
+    parser.add_argument("--width", type=int, help=f"rows of a step of a tree (default: {TREE_WIDTH})")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
     model = load_llama(args.model, *pick_device_and_dtype(args))
     adapter, facts = load_adapter(args.adapter, model)
     for module in (adapter, model):
-        pack(module, WIDTH)
+        pack(module, args.width)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
     prompts = [tokenizer.encode(render_chat(template, [text]))[-args.longest:] for _, text in
                pick(args.prompts, args.each, args.skip)]
-    sampler, eos, exit_layer = Sampler(args.temperature, seed=2), model.config.eos_token_ids, facts["exit_layer"]
-    draft_seconds, verify_seconds, step_seconds = [], [], []
+    sampler = Sampler(args.temperature, seed=2)
+    all_candidates, all_steps, thresholds = (CANDIDATES, TREE_STEPS, TREE_THRESHOLDS) if args.tree else ((1,), STEPS, THRESHOLDS)
+    grid = [(c, s, t) for c in all_candidates for s in all_steps for t in thresholds]
+    counts, times = {setting: [0, 0, 0] for setting in grid}, []
 
-    def decode(ids, steps, threshold):
-        """(tokens, rounds, tokens drafted) of one prompt."""
-        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, sampler) if steps else NoDrafter(model)
-        draft, spent = drafter.draft, []
+    def real(ids, candidates, steps, threshold):
+        """(tokens, rounds, draft steps after the first of each round) of a decode; its times are kept."""
+        drafter = KangarooDrafter(model, adapter, facts["exit_layer"], threshold, sampler, args.width, candidates)
+        rounds, draft, verify = decode(model, drafter, ids, steps, args, sampler)
+        times.append((step, draft, verify))
+        return sum(len(r.tokens) for r in rounds), len(rounds), sum(max(r.draft.depth()) for r in rounds)
 
-        def timed(*arguments):
-            begin = time.perf_counter()
-            result = draft(*arguments)
-            spent.append(time.perf_counter() - begin)
-            return result
-
-        drafter.draft = timed
-        rounds, begin = [], None
-        for round_ in generate(model, drafter, ids, args.new_tokens, steps, sampler, eos):
-            if begin is not None:
-                rest = time.perf_counter() - begin - spent[-1]
-                (verify_seconds if steps else step_seconds).append(rest)
-                if steps:
-                    draft_seconds.append(spent[-1] / (len(round_.draft.tokens) + 1))
-            rounds.append(round_)
-            begin = time.perf_counter()
-        return sum(len(r.tokens) for r in rounds), len(rounds), sum(len(r.draft.tokens) for r in rounds)
-
-    counts = {}
-    for steps, threshold in [(0, 0.0)] + [(s, t) for s in STEPS for t in THRESHOLDS]:
-        counts[steps, threshold] = [sum(n) for n in zip(*(decode(ids, steps, threshold) for ids in prompts))]
-        print(f"\r{len(counts)}/{1 + len(STEPS) * len(THRESHOLDS)}", end="", file=sys.stderr, flush=True)
+    for i, ids in enumerate(prompts):
+        vanilla, _, step = decode(model, NoDrafter(model), ids, 0, args, sampler)
+        output = [token for round_ in vanilla for token in round_.tokens]
+        if args.tree:
+            found = {setting: real(ids, *setting) for setting in grid}
+        else:
+            drafter = KangarooDrafter(model, adapter, facts["exit_layer"], 0.0, sampler)
+            drafts = drafts_everywhere(model, drafter, ids, output)
+            found = {setting: walk(drafts, output, args.new_tokens, *setting[1:]) for setting in grid}
+            setting = grid[13 * i % len(grid)]
+            assert found[setting] == real(ids, *setting), (setting, found[setting])
+        counts = {setting: [a + b for a, b in zip(counts[setting], found[setting])] for setting in grid}
+        print(f"\r{i + 1}/{len(prompts)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    step, draft, verify = (statistics.median(s) for s in (step_seconds, draft_seconds, verify_seconds))
-    print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer {exit_layer}; ms:"
-          f" vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification {verify * 1e3:.2f}")
+    step, draft, verify = (statistics.median(seconds) for seconds in zip(*times))
+    print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer "
+          f"{facts['exit_layer']}, width {args.width}; ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, "
+          f"verification {verify * 1e3:.2f}")
+    # A round runs the shallow layers once more than it drafts; `draft` is the mean over these.
+    speedup = {setting: tokens * step / (rounds * (verify + draft) + drafted * draft)
+               for setting, (tokens, rounds, drafted) in counts.items()}
     print("speedup (compression rate)")
-    print(f"{'γ':>8}" + "".join(f"{f'η {threshold}':>14}" for threshold in THRESHOLDS))
-    best = (0, None)
-    for steps in STEPS:
-        cells = []
-        for threshold in THRESHOLDS:
-            tokens, rounds, drafted = counts[steps, threshold]
-            speedup = tokens * step / (rounds * (verify + draft) + drafted * draft)
-            best = max(best, (speedup, (steps, threshold)))
-            cells.append(f"{speedup:.2f} ({tokens / rounds:.2f})")
-        print(f"{steps:>8}" + "".join(f"{cell:>14}" for cell in cells))
-    print(f"best: γ {best[1][0]}, η {best[1][1]}")
+    for c in all_candidates:
+        print(f"{f'K {c}' if args.tree else '':4}{'γ':>4}" + "".join(f"{f'η {threshold}':>14}" for threshold in thresholds))
+        for s in all_steps:
+            cells = (f"{speedup[c, s, t]:.2f} ({counts[c, s, t][0] / counts[c, s, t][1]:.2f})" for t in thresholds)
+            print(f"{s:>8}" + "".join(f"{cell:>14}" for cell in cells))
+    candidates, steps, threshold = max(speedup, key=speedup.get)
+    print(f"best: γ {steps}, η {threshold}" + (f", K {candidates}, {args.width - 1} nodes" if args.tree else ""))
     if args.write:
         path = Path(args.adapter) / "config.json"
-        data = read_json(path) | {"steps": best[1][0], "threshold": best[1][1]}
-        write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
+        chosen = {"steps": steps, "threshold": threshold}
+        if args.tree:
+            chosen = {"tree": chosen | {"top_candidates": candidates, "nodes": args.width - 1}}
+        write_atomically(path, (json.dumps(read_json(path) | chosen, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Speed and memory of decoding, measured: ratios in one process, methods interleaved token budget by token budget, medians.
 
     python bench/speed.py --model DIR [--adapter DIR]
-    python bench/speed.py --model DIR --adapter DIR --prompts FILE [--each 10] [--temperature 0.8]
+    python bench/speed.py --model DIR --adapter DIR --prompts FILE [--each 10] [--temperature 0.8] [--tree [--width 32]]
+    python bench/speed.py --model DIR --widths 8 16 32
 
 The first compares, for one prompt of about 100 tokens and the same number of new tokens: vanilla decoding at width 1, vanilla
-at the one shape, Kangaroo if an adapter is given, and the transformers package's greedy `generate` with its default cache
-where that package is installed. Prefill is included in all of them; nobody stops at an end-of-sequence token.
+at the one shape (the third command: at several widths), Kangaroo if an adapter is given, and the transformers package's greedy
+`generate` with its default cache where that package is installed. Prefill is included in all of them; nobody stops at an
+end-of-sequence token.
 
 The second decodes many prompts, to their ends, and prints compression rate and speedup against the faster of the two vanilla
-decodings, prompt by prompt interleaved, and whether Kangaroo's tokens equal vanilla's in every run.
+decodings, prompt by prompt interleaved, and whether Kangaroo's tokens equal vanilla's in every run. --tree adds a draft tree
+and vanilla decoding at the tree's width, with weights packed for it; a tree's tokens are held against those.
 """
 import argparse
 import json
@@ -17,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,6 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kangaroo import (  # noqa: E402
     STEPS,
     THRESHOLD,
+    TOP_CANDIDATES,
+    TREE_STEPS,
+    TREE_THRESHOLD,
+    TREE_WIDTH,
     WIDTH,
     KangarooDrafter,
     NoDrafter,
@@ -91,16 +99,68 @@ def pick(path, each, skip):
     return taken
 
 
-def many_prompts(args, model, adapter, facts):
-    """The second table of the docstring."""
+def print_parts(model, drafting, width, steps, prompts, args):
+    """One line: which part of Kangaroo's time goes where, after the first round of each prompt."""
+    spent, sums, (adapter, depth, _, sampler, *_) = Counter(), Counter(), drafting
+
+    def watch(owner, name, part):
+        inner = getattr(owner, name)
+
+        def timed(*arguments, **more):
+            begin = time.perf_counter()
+            result = inner(*arguments, **more)
+            spent[part(*arguments)] += time.perf_counter() - begin
+            return result
+
+        object.__setattr__(owner, name, timed)
+
+    watch(model, "run_layers", lambda *_, first=None, last=None: "draft: layers" if depth in (last, *_[-1:]) else "verify: layers")
+    watch(model, "logits", lambda *_: "verify: LM head")
+    watch(adapter, "forward", lambda *_: "draft: adapter")
+    watch(adapter.head or model.lm_head, "forward", lambda *_: "draft: LM head")
+    watch(sampler, "choose", lambda *_: "sampling")
+    for ids in prompts:
+        rounds = generate(model, KangarooDrafter(model, *drafting), ids, args.new_tokens, steps, sampler,
+                          model.config.eos_token_ids, width)
+        next(rounds)
+        spent.clear()
+        begin = time.perf_counter()
+        list(rounds)
+        sums["all"] += time.perf_counter() - begin
+        sums.update(spent)
+    if adapter.head is None:
+        sums["draft: LM head"] -= sums["verify: LM head"]  # the same module
+    rest = sums["all"] - sum(seconds for part, seconds in sums.items() if part != "all")
+    print("where Kangaroo's time goes: " + ", ".join(f"{part} {seconds / sums['all']:.0%}" for part, seconds in
+                                                     [*sorted(sums.items()), ("Python and the rest", rest)] if part != "all"))
+
+
+def many_prompts(args, load):
+    """The second table of the docstring; load(width) gives model, adapter and the adapter's facts, packed for that width."""
+    model, adapter, facts = load(WIDTH)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
     sampler = Sampler(args.temperature, top_p=args.top_p, seed=1)
     exit_layer, eos = facts["exit_layer"], model.config.eos_token_ids
-    steps = facts.get("steps", STEPS) if args.steps is None else args.steps
-    threshold = facts.get("threshold", THRESHOLD) if args.threshold is None else args.threshold
+    chain = {"steps": STEPS, "threshold": THRESHOLD} | facts
+    chain |= {name: value for name in ("steps", "threshold") if (value := getattr(args, name)) is not None}
+    methods = {"width 1": (model, None, 1), "one shape": (model, None, WIDTH),
+               "Kangaroo": (model, (adapter, exit_layer, chain["threshold"], sampler, WIDTH), WIDTH, chain["steps"])}
+    vanilla_of = {"width 1": "one shape", "one shape": "one shape", "Kangaroo": "one shape"}
+    settings = f"exit layer {exit_layer}, γ {chain['steps']}, η {chain['threshold']}"
+    if args.tree:
+        tree = {"steps": TREE_STEPS, "threshold": TREE_THRESHOLD, "top_candidates": TOP_CANDIDATES} | facts.get("tree", {})
+        tree |= {name: value for name, value in (("steps", args.tree_steps), ("threshold", args.tree_threshold),
+                 ("top_candidates", args.top_candidates), ("nodes", args.nodes)) if value is not None}
+        nodes = min(tree.get("nodes", args.width), args.width - 1)
+        wide_model, wide_adapter, _ = load(args.width)
+        more = wide_adapter, exit_layer, tree["threshold"], sampler, args.width, tree["top_candidates"], nodes
+        methods |= {"wide shape": (wide_model, None, args.width), "tree": (wide_model, more, args.width, tree["steps"])}
+        vanilla_of |= {"wide shape": "wide shape", "tree": "wide shape"}
+        settings += (f" · tree: width {args.width}, {nodes} nodes, {tree['top_candidates']} candidates, γ {tree['steps']}, "
+                     f"η {tree['threshold']}")
 
-    def decode(ids, width, kangaroo):
-        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width) if kangaroo else NoDrafter(model)
+    def decode(ids, model, drafting, width, steps=0):
+        drafter = KangarooDrafter(model, *drafting) if drafting else NoDrafter(model)
         spent, draft = [0.0], drafter.draft
 
         def timed(*arguments):
@@ -114,9 +174,9 @@ def many_prompts(args, model, adapter, facts):
         rounds = list(generate(model, drafter, ids, args.new_tokens, steps, sampler, eos, width))
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "drafting": spent[0], "rounds": len(rounds), "ids": [t for r in rounds for t in r.tokens],
-                "drafted": sum(len(r.draft.tokens) for r in rounds), "accepted": sum(r.accepted for r in rounds)}
+                "drafted": sum(len(r.draft.tokens) for r in rounds), "accepted": sum(r.accepted for r in rounds),
+                "levels": sum(max(r.draft.depth()) for r in rounds)}
 
-    methods = {"width 1": (1, False), "one shape": (WIDTH, False), "Kangaroo": (WIDTH, True)}
     prompts = [(category, tokenizer.encode(render_chat(template, [text]))) for category, text in
                pick(args.prompts, args.each, args.skip)]
     prompts = [(category, ids[-args.longest:]) for category, ids in prompts]
@@ -126,34 +186,43 @@ def many_prompts(args, model, adapter, facts):
     for i, (category, ids) in enumerate(prompts):
         results = {name: [] for name in methods}
         for repeat in range(args.repeats):
-            names = list(methods)[(i + repeat) % 3:] + list(methods)[:(i + repeat) % 3]  # nobody is always first
-            for name in names:
+            first = (i + repeat) % len(methods)
+            for name in list(methods)[first:] + list(methods)[:first]:  # nobody is always first
                 results[name].append(decode(ids, *methods[name]))
-        vanilla = results["one shape"][0]["ids"]
-        runs.append((category, {name: r[0] | {"seconds": statistics.median(x["seconds"] for x in r),
-                                              "same": all(x["ids"] == vanilla for x in r)} for name, r in results.items()}))
+        for name, r in results.items():
+            r[0] |= {"seconds": statistics.median(x["seconds"] for x in r) / len(r[0]["ids"]),  # of one token
+                     "same": all(x["ids"] == results[vanilla_of[name]][0]["ids"] for x in r)}
+        runs.append((category, {name: r[0] for name, r in results.items()}))
         print(f"\r{i + 1}/{len(prompts)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    total = {name: sum(run[name]["seconds"] for _, run in runs) for name in methods}
-    vanilla = min(("width 1", "one shape"), key=total.get)
+    total = {name: sum(run[name]["seconds"] * len(run[name]["ids"]) for _, run in runs) for name in methods}
+    tokens = {name: sum(len(run[name]["ids"]) for _, run in runs) for name in methods}
+    vanilla = min((name for name, method in methods.items() if method[1] is None), key=lambda name: total[name] / tokens[name])
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     print(f"{Path(args.model).name} · {dtype} · {processor()}, {torch.get_num_threads()} threads · torch {torch.__version__} · "
-          f"exit layer {exit_layer}, γ {steps}, η {threshold} · temperature {args.temperature}")
-    print(f"{'':24} {'prompts':>7} {'tokens':>7} {'compression rate':>17} {'speedup':>8} {'identical':>10}")
-    for name in [*dict.fromkeys(category for category, _ in runs), "all"]:
-        rows = [run for category, run in runs if name in (category, "all")]
-        tokens, rounds = sum(len(run["Kangaroo"]["ids"]) for run in rows), sum(run["Kangaroo"]["rounds"] for run in rows)
-        speedup = statistics.median(run[vanilla]["seconds"] / run["Kangaroo"]["seconds"] for run in rows)
-        print(f"{name:24} {len(rows):7} {tokens:7} {tokens / rounds:17.2f} {speedup:8.2f} "
-              f"{sum(run['Kangaroo']['same'] for run in rows):>3} of {len(rows):3}")
-    tokens = sum(len(run["one shape"]["ids"]) for _, run in runs)
-    drafted, accepted, drafting, rounds = (
-        sum(run["Kangaroo"][key] for _, run in runs) for key in ("drafted", "accepted", "drafting", "rounds"))
-    speeds = ", ".join(f"{name} {sum(len(run[name]['ids']) for _, run in runs) / total[name]:.1f}" for name in methods)
-    print(f"fastest vanilla: {vanilla} · tokens/s, prefill included: {speeds}\n"
-          f"Kangaroo: {drafted / rounds:.2f} tokens drafted a round, {accepted / max(1, drafted):.0%} of them accepted, "
-          f"{drafting / total['Kangaroo']:.0%} of its time drafting, {drafting / (drafted + rounds) * 1e3:.2f} ms a token run; "
-          f"a vanilla step takes {total['one shape'] / tokens * 1e3:.2f} ms")
+          f"{settings} · temperature {args.temperature}")
+    for method in ("Kangaroo", "tree") if args.tree else ("Kangaroo",):
+        print(f"{method:24} {'prompts':>7} {'tokens':>7} {'compression rate':>17} {'speedup':>8} {'identical':>10}")
+        for name in [*dict.fromkeys(category for category, _ in runs), "all"]:
+            rows = [run for category, run in runs if name in (category, "all")]
+            n, rounds = sum(len(run[method]["ids"]) for run in rows), sum(run[method]["rounds"] for run in rows)
+            speedup = statistics.median(run[vanilla]["seconds"] / run[method]["seconds"] for run in rows)
+            print(f"{name:24} {len(rows):7} {n:7} {n / rounds:17.2f} {speedup:8.2f} "
+                  f"{sum(run[method]['same'] for run in rows):>3} of {len(rows):3}")
+    speeds = ", ".join(f"{name} {tokens[name] / total[name]:.1f}" for name in methods)
+    print(f"fastest vanilla: {vanilla} · tokens/s, prefill included: {speeds}")
+    for method in ("Kangaroo", "tree") if args.tree else ("Kangaroo",):
+        drafted, accepted, drafting, rounds, levels = (
+            sum(run[method][key] for _, run in runs) for key in ("drafted", "accepted", "drafting", "rounds", "levels"))
+        own = vanilla_of[method]
+        print(f"{method}: {drafted / rounds:.2f} tokens drafted a round, {accepted / max(1, drafted):.0%} of them accepted, "
+              f"{drafting / total[method]:.0%} of its time drafting, {drafting / (levels + rounds) * 1e3:.2f} ms a draft step; "
+              f"a vanilla step of its width takes {total[own] / tokens[own] * 1e3:.2f} ms")
+    print_parts(*methods["Kangaroo"], [ids for _, ids in prompts[::max(1, len(prompts) // 6)]], args)
+    if args.tree:
+        rate = {name: tokens[name] / sum(run[name]["rounds"] for _, run in runs) for name in ("Kangaroo", "tree")}
+        faster = statistics.median(run["Kangaroo"]["seconds"] / run["tree"]["seconds"] for _, run in runs)
+        print(f"tree against chain: compression rate {rate['tree'] / rate['Kangaroo']:.2f} times, speed {faster:.2f} times")
 
 
 def main():
@@ -172,6 +241,13 @@ def main():
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--steps", type=int, help="γ (default: the adapter's)")
     parser.add_argument("--threshold", type=float, help="η (default: the adapter's)")
+    parser.add_argument("--tree", action="store_true", help="with --prompts: a draft tree too")
+    parser.add_argument("--width", type=int, default=TREE_WIDTH, help="rows of a step for the tree")
+    parser.add_argument("--nodes", type=int, help="the most tokens in the tree (default: the adapter's, or what the width takes)")
+    parser.add_argument("--top-candidates", type=int, help="of a node of the tree (default: the adapter's)")
+    parser.add_argument("--tree-steps", type=int, help="γ of the tree (default: the adapter's)")
+    parser.add_argument("--tree-threshold", type=float, help="η of the tree (default: the adapter's)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[WIDTH], help="without --prompts: vanilla at these widths")
     parser.add_argument("--memory", choices=("nothing", "decode"), help="print the peak memory of doing just this, and stop")
     args = parser.parse_args()
     if args.memory == "nothing":
@@ -181,20 +257,27 @@ def main():
     model = load_llama(args.model, device, dtype)
     weights = sum(p.nbytes for p in model.parameters())
     prompt = Tokenizer(args.model, model.config).encode(PROMPT)
-    if args.adapter:
-        adapter, facts = load_adapter(args.adapter, model)
-        pack(adapter, WIDTH)
-    pack(model, WIDTH)
+
+    def load(width):
+        model = load_llama(args.model, device, dtype)
+        adapter, facts = load_adapter(args.adapter, model) if args.adapter else (None, {})
+        for module in (adapter, model) if adapter else (model,):
+            pack(module, width)
+        return model, adapter, facts
+
     if args.prompts:
-        many_prompts(args, model, adapter, facts)
+        many_prompts(args, load)
         return
+    model, adapter, facts = load(WIDTH)
     if args.memory:
         ours(model, prompt, args.new_tokens, WIDTH)
         print(peak_memory())
         return
 
-    methods = {"vanilla, width 1": lambda n: ours(model, prompt, n, 1)[0],
-               f"vanilla, one shape (width {WIDTH})": lambda n: ours(model, prompt, n, WIDTH)[0]}
+    methods = {"vanilla, width 1": lambda n: ours(model, prompt, n, 1)[0]}
+    for width in args.widths:
+        wide = model if width == WIDTH else load(width)[0]
+        methods[f"vanilla, one shape (width {width})"] = lambda n, wide=wide, width=width: ours(wide, prompt, n, width)[0]
     if args.adapter:
         methods["Kangaroo"] = lambda n: ours(model, prompt, n, WIDTH, adapter, facts["exit_layer"])[0]
     try:
@@ -229,7 +312,7 @@ def main():
         ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[name]))
         print(f"{name:32} {1 / each:9.1f} {each * 1e3:9.1f} {ratio:10.2f} {weights / bandwidth / each:16.2f}")
     print(f"bandwidth share = {weights / 1e6:.0f} MB of weights ÷ {bandwidth / 1e9:.1f} GB/s (measured reads) ÷ seconds a token")
-    names = [name for name in methods if "one shape" in name or name == "Kangaroo"]
+    names = [name for name in methods if f"(width {WIDTH})" in name or name == "Kangaroo"]
     if len(names) == 2:
         print(f"Kangaroo's tokens equal vanilla's: {tokens[names[0]] == tokens[names[1]]}")
     if device.type == "cpu":

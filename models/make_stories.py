@@ -152,14 +152,14 @@ def write_samples(folder):
         "# Stories: the default model", "",
         f"A Llama of {figures['parameters'] / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}, {config.vocab_size} pieces of vocabulary, that tells little stories. Made by "
-        f"`python models/make_stories.py --updates {figures['updates']} --cycles {figures['cycles']}` from {figures['stories']:,} stories "
-        f"({figures['tokens'] / 1e6:.1f} M tokens, each seen once) of [story_grammar.py](../story_grammar.py), in "
-        f"{figures['seconds'] / 60:.0f} minutes on {figures['device']}.", "",
+        f"`python models/make_stories.py --updates {figures['updates']} --cycles {figures['cycles']}` from "
+        f"{figures['stories']:,} stories ({figures['tokens'] / 1e6:.1f} M tokens, each seen once) of "
+        f"[story_grammar.py](../story_grammar.py), in {figures['seconds'] / 60:.0f} minutes on {figures['device']}.", "",
         "| held out | nats a token | bits a word |", "|---|---|---|",
-        f"| loss | {figures['held_out_nats_per_token']:.3f} | {figures['held_out_bits_per_word']:.3f} |",
-        f"| entropy of the source, at most | {figures['source_nats_per_token']:.3f} | {figures['source_bits_per_word']:.3f} |", "",
-        "Below are ten stories greedy and ten at temperature 0.8 (seeds 0 to 9), unpicked. Each goes on from the first "
-        "sentence (printed bold) of a story that the model has not seen. `python models/make_stories.py --samples` writes this page."]
+        "| loss | {held_out_nats_per_token:.3f} | {held_out_bits_per_word:.3f} |".format(**figures),
+        "| entropy of the source, at most | {source_nats_per_token:.3f} | {source_bits_per_word:.3f} |".format(**figures), "",
+        "Below are ten stories greedy and ten at temperature 0.8 (seeds 0 to 9), unpicked. Each goes on from the first sentence "
+        "(printed bold) of a story that the model has not seen. `python models/make_stories.py --samples` writes this page."]
     for title, sampler in (("Greedy", lambda i: Sampler()), ("Temperature 0.8", lambda i: Sampler(0.8, seed=i))):
         lines += ["", f"## {title}"]
         for i, (text, _) in enumerate(stories("samples", 10)):

@@ -48,7 +48,7 @@ def answers(model, prompts, max_new_tokens):
     return result
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", nargs="+", required=True)
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--dtype")
     parser.add_argument("--device")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = pack(load_llama(args.model, *pick_device_and_dtype(args)), args.batch)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
     by_length = collections.defaultdict(list)

@@ -19,7 +19,8 @@ import kangaroo
 
 PROMPT = "Once upon a time"
 SCRIPT = Path(kangaroo.__file__).resolve()
-DRAFTERS = [["--drafter", "kangaroo", "--threshold", 0], ["--drafter", "lookup"], ["--drafter", "none"]]
+TREE = ["--tree", "--threshold", 0]
+DRAFTERS = [["--drafter", "kangaroo", "--threshold", 0], TREE, ["--drafter", "lookup"], ["--drafter", "none"]]
 SAMPLED = ["--temperature", 0.9, "--top-k", 30, "--top-p", 0.9, "--seed", 3]
 HOT = ["--temperature", 5]  # the noise, which drafter and target share, decides: many drafted tokens are accepted
 
@@ -154,7 +155,7 @@ def test_a_terminal_shows_accepted_tokens_in_green(cli, decode, monkeypatch, dra
     monkeypatch.setattr(kangaroo, "TextStream", Letters)
     args = *drafter, *HOT
     result = decode(*args)
-    assert any(result["accepted"]) or "kangaroo" not in drafter
+    assert any(result["accepted"]) or not {"kangaroo", "--tree"} & set(drafter)
     ids, expected = iter(result["ids"]), ""
     for accepted in result["accepted"]:
         expected += "".join(f"\033[32m<{next(ids)}>\033[0m" for _ in range(accepted)) + f"<{next(ids)}>"
@@ -209,6 +210,46 @@ def test_every_drafter_gives_vanilla_ids(decode, drafter, sampling):
     vanilla, result = decode("--drafter", "none", *sampling), decode(*drafter, *sampling)
     assert vanilla.keys() == result.keys() and not any(vanilla["drafted"]) and vanilla["rounds"] == 24
     assert [vanilla[name] for name in ("prompt_ids", "ids", "text")] == [result[name] for name in ("prompt_ids", "ids", "text")]
+
+
+@pytest.mark.parametrize("tree", [[], ["--nodes", 3], ["--top-candidates", 2], ["--width", 32], ["--steps", 2]])
+@pytest.mark.parametrize("sampling", [[], SAMPLED])
+def test_a_tree_gives_vanilla_ids(cli, decode, tree, sampling):
+    """Guards --tree from flags to ids, and what is told of trees: nodes, parents and paths that do not fit the text."""
+    result = decode(*TREE, *tree, *sampling)
+    vanilla = decode("--drafter", "none", "--width", "32" if "--width" in tree else "16", *sampling)
+    assert vanilla["ids"] == result["ids"] and vanilla["text"] == result["text"] and "trees" not in vanilla
+    assert [len(t["tokens"]) for t in result["trees"]] == result["drafted"]
+    assert [len(t["accepted"]) for t in result["trees"]] == result["accepted"]
+    limits = dict(zip(tree[::2], tree[1::2]))
+    nodes = limits.get("--nodes", limits.get("--width", 16) - 1)
+    ids = iter(result["ids"])
+    for t in result["trees"]:
+        assert len(t["tokens"]) == len(t["parents"]) == len(t["confidence"]) <= nodes
+        assert max(map(t["parents"].count, t["parents"]), default=0) <= limits.get("--top-candidates", 10)
+        assert len(t["accepted"]) <= limits.get("--steps", kangaroo.TREE_STEPS)
+        assert [t["parents"][node - 1] for node in t["accepted"]] == [0, *t["accepted"]][:len(t["accepted"])]
+        assert [t["tokens"][node - 1] for node in t["accepted"]] == [next(ids) for _ in t["accepted"]]
+        next(ids, None)
+    status, out, err = cli(*TREE, *tree, *sampling)
+    drafted, accepted = (sum(result[name]) / result["rounds"] for name in ("drafted", "accepted"))
+    assert status == 0 and f"{drafted:.1f} nodes drafted and {accepted:.2f} accepted a round" in out
+    assert f"tree of {nodes} nodes" in err
+
+
+def test_an_adapter_has_settings_of_its_own_for_a_tree(cli, refused, variant):
+    """Guards the adapter's key `tree`: a chain's γ and η used for a tree or the other way round, flags that do not win."""
+    folder = variant()
+    edit(folder / "adapter" / "config.json", steps=3, threshold=0.5,
+         tree={"steps": 4, "threshold": 0.2, "top_candidates": 5, "nodes": 12})
+    for args, settings in (([], "γ 3, η 0.5 · width 8"), (["--tree"], "γ 4, η 0.2, tree of 12 nodes, 5 candidates · width 16"),
+                           (["--tree", "--nodes", 9, "--steps", 5], "γ 5, η 0.2, tree of 9 nodes, 5 candidates"),
+                           (["--tree", "--width", 10], "tree of 9 nodes")):
+        assert settings in cli("--model", folder, "--max-new-tokens", 2, *args)[2]
+    edit(folder / "adapter" / "config.json", tree={"nodes": "many"})
+    refused(["config.json", "nodes", "'many'"], "--model", folder)
+    edit(folder / "adapter" / "config.json", tree=7)
+    refused(["config.json", "tree", "7"], "--model", folder)
 
 
 @pytest.mark.parametrize("changed", [["--seed", 4], ["--temperature", 3], ["--top-k", 2], ["--top-p", 0.1]])
@@ -359,7 +400,7 @@ def test_help_fits_a_screen_and_names_every_option_and_default(capfd):
     assert sorted(re.search("--[a-z-]+", entry)[0] for entry in entries) == sorted([*defaults, "--help"])
     entries = {entry.split()[0]: entry for entry in entries}
     for name, default in defaults.items():
-        if default is None and name != "--prompts":
+        if default is None and name not in ("--prompts", "--trace"):  # without them nothing is read or written
             assert "(default: " in entries[name]
         elif not isinstance(default, bool) and default not in (None, "x"):
             assert f"(default: {default})" in entries[name]
@@ -384,6 +425,9 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     ("--top-p 0", "--top-p"), ("--top-p 1.5", "--top-p"), ("--top-p nan", "--top-p"), ("--top-k -1", "--top-k"),
     ("--seed x", "--seed"), ("--max-new-tokens 0", "--max-new-tokens"), ("--max-new-tokens", "--max-new-tokens"),
     ("--width 0", "--width"), ("--width 65", "--width"), ("--width 1", ["--width", "--drafter none"]),
+    ("--tree --width 8", ["--width 8", "--tree"]), ("--tree --drafter none", ["--tree", "none"]), ("--nodes 5", "--tree"),
+    ("--top-candidates 5", "--tree"), ("--tree --nodes 16", ["--nodes 16", "--width 16"]), ("--tree --nodes 0", "--nodes"),
+    ("--tree --top-candidates 0", "--top-candidates"), ("--tree --steps 16", ["--steps", "--width 16"]),
     ("--exit-layer -1", ["exit layer", "-1"]), ("--exit-layer 4", ["exit layer 4", "4 layers"]),
     ("--prompts absent", ["--prompt", "--prompts"]), ("--bogus", "--bogus"), ("stray", "stray")])
 def test_bad_flags_are_refused(refused, args, words):

@@ -25,7 +25,7 @@ class CheckedDrafter:
         fresh_cache = KVCache.zeros(fresh.model.config, len(fresh.model.layers), cache.length, cache.k[0])
         fresh.prefill(ids[:-1], fresh_cache)
         expected = fresh.draft(ids, n_max, fresh_cache)
-        assert draft.tokens == expected.tokens
+        assert draft.tokens == expected.tokens and draft.parents == expected.parents
         # float64: a prefill and single steps round differently, by nothing that matters here
         assert torch.allclose(draft.hidden, expected.hidden, atol=1e-9)
         assert torch.allclose(torch.tensor(draft.confidence), torch.tensor(expected.confidence), atol=1e-9)

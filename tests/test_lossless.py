@@ -53,7 +53,7 @@ def decode(model, drafter, prompt, n, garbage=0.0, **options):
     model.logits = lambda h: seen.append(logits(model, h)) or seen[-1]
     rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
     del model.logits
-    rows = [verified[0, :len(r.tokens)] for verified, r in zip(seen, rounds, strict=True)]
+    rows = [verified[0, [0, *r.path][:len(r.tokens)]] for verified, r in zip(seen, rounds, strict=True)]
     return sum((r.tokens for r in rounds), []), torch.cat(rows), cache, rounds
 
 

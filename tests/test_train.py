@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import train_adapter
 from kangaroo import ADAPTERS, KangarooDrafter, generate, load_adapter
 from llama import KVCache, LlamaConfig, load_llama
 from tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
-from train_adapter import Target, batches_of, document_of, encode, is_held_out, read_documents
+from train_adapter import Target, batches_of, document_of, encode, is_held_out, most_frequent, read_documents, split
 
 SCRIPT = Path(train_adapter.__file__).resolve()
 PAIRS = [(None, "cross-entropy"), (20, "acceptance")]  # --vocabulary and --loss
@@ -113,7 +114,7 @@ def same_weights(a, b):
 @pytest.mark.parametrize("architecture, data", [("attention", "chats.json"), ("layer", "plain.txt")])
 def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
     """Guards training as such: a gradient that is zero, of the wrong sign or cleared too early, or broken by an evaluation."""
-    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates", 30, "--passes", 30, "--lr", 0.03, "--warmup", 3,
+    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates", 30, "--passes", 30,
                         "--eval-every", 15, data=data)
     updates, held_out = log_of(tmp_path / "out")
     assert status == 0 and [line["step"] for line in updates] == list(range(1, 31)), err
@@ -205,7 +206,8 @@ def test_padding_teaches_nothing():
     target, adapter, ids, learn = tiny_target()
     learn[:, 10:] = False
     padded, cut = ids.index_fill(1, torch.arange(10, 17), 0), (ids[:, :10], learn[:, :10])
-    sums = [target.loss(adapter, target.states(*batch), "acceptance", autocast=None) for batch in ((ids, learn), (padded, learn), cut)]
+    sums = [target.loss(adapter, target.states(*batch), "acceptance", autocast=None)
+            for batch in ((ids, learn), (padded, learn), cut)]
     assert torch.equal(sums[0], sums[1]) and torch.allclose(sums[0], sums[2], rtol=1e-6)
 
 
@@ -289,10 +291,36 @@ def test_answers_are_learned_and_nothing_else(tokenizer, name, turns):
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@given(pairs=st.lists(st.tuples(text, text.map(str.strip).filter(bool)), min_size=1, max_size=4))
+def test_any_answers_are_learned_and_nothing_else(name, pairs):
+    """Guards the mask against text that looks like the template's, has braces or blanks."""
+    assert_answers_are_marked([turn for pair in pairs for turn in pair], Characters(), name)
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_blanks_around_an_answer_move_no_mark(name):
+    """Guards several turns: an answer with blanks around it, as ShareGPT has them, shifts what is learned against the tokens."""
+    document = ["one", " two \n\n", "three", "\n four "]
+    ids, learn = encode(document, Characters(), CHAT_TEMPLATES[name], EOS, 1000)
+    assert [Characters().decode(run).strip() for run in marked(ids, learn)] == ["two", "four"]
+
+
 def test_a_plain_text_is_learned_whole(tokenizer):
     """Guards plain text: a token lost, the end of sequence missing, or the first token learned, which nothing predicts."""
     ids, learn = encode(TEXT[0], tokenizer, CHAT_TEMPLATES["chatml"], (2,), 1000)
     assert ids == tokenizer.encode(TEXT[0]) + [2] and learn == [False] + [True] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("document", [TEXT[0], TEXT[:2], [*TEXT, *TEXT]], ids=["text", "one answer", "four answers"])
+@pytest.mark.parametrize("eos", [(), EOS], ids=["no eos", "eos"])
+def test_documents_are_cut(tokenizer, document, eos):
+    """Guards --max-length: longer rows than it allows, a mask of another length, or a cut that changes what is before it."""
+    template = CHAT_TEMPLATES["chatml"]
+    ids, learn = encode(document, tokenizer, template, eos, 1000)
+    for length in range(1, len(ids) + 2):
+        cut_ids, cut_learn = encode(document, tokenizer, template, eos, length)
+        assert (cut_ids, cut_learn) == (ids[:length], learn[:length])
 
 
 examples = st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=12), max_size=20)
@@ -311,6 +339,30 @@ def test_batches_hold_every_example_once(examples, batch_tokens):
             assert not any(row[n:]) and not any(wanted[n - 1:])
             found.append((row[:n], wanted[:n - 1]))
     assert sorted(found) == sorted((ids, learn[1:]) for ids, learn in examples if any(learn[1:]))
+
+
+def test_the_vocabulary_is_the_most_frequent_learned_tokens():
+    """Guards --vocabulary: counted over prompts too, without the end of sequence, unsorted, or with a wrong share of the text."""
+    documents = [([9, 9, 9, 5, 5, 7, 2], [False] * 3 + [True] * 4), ([9, 9, 5, 7, 6, 2], [False] * 2 + [True] * 4)]
+    ids, coverage = most_frequent(documents, 3, lambda document: document, 12, (2,))
+    assert ids.tolist() == [2, 5, 7] and coverage == pytest.approx(7 / 8)
+    ids, coverage = most_frequent(documents, 12, lambda document: document, 12, (2,))
+    assert ids.tolist() == list(range(12)) and coverage == 1
+
+
+def test_a_document_is_on_one_side_everywhere(folder):
+    """Guards held-out data: a prompt trained on from one file and held out from another, or split() overlapping."""
+    for i in range(300):
+        prompt = f"{i} {TEXT[0]}"
+        sides = {is_held_out(d) for d in (prompt, [prompt, "one answer"], [prompt, "another", "And then?", "no more"],
+                                          prompt + "\n", ["\n" + prompt, "one answer"])}  # as the last of a file has it
+        assert len(sides) == 1
+    held = sum(is_held_out(f"{i}") for i in range(64 * 100))
+    assert 60 < held < 140
+    path = folder / "many.txt"
+    path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
+    rest, held = split(Namespace(data=[path, path], allow_truncated=False))
+    assert held and not any(map(is_held_out, rest)) and all(map(is_held_out, held)) and len(rest) + len(held) == 1000
 
 
 def test_training_sees_no_held_out_document(train, folder, monkeypatch):
@@ -368,16 +420,45 @@ def test_a_killed_run_resumes_exactly(train, killed, resumable):
     assert not list(resumable.glob("*.tmp"))
 
 
+def test_a_finished_run_resumes_to_the_same(train, killed, tmp_path):
+    """Guards --resume of a run that was stopped between its last checkpoint and its adapter."""
+    out = shutil.copytree(killed[0], tmp_path / "out")
+    (out / "adapter.safetensors").unlink()
+    status, err = train(*LONG, "--resume")
+    assert status == 0 and same_weights(out, killed[0]), err
+
+
 def test_another_seed_gives_another_adapter(train, killed, tmp_path):
     """Guards the comparisons here: adapters that are equal because nothing was trained."""
     assert train(*LONG, "--seed", 1)[0] == 0
     assert not same_weights(tmp_path / "out", killed[0])
 
 
+@pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3), ("--loss", "acceptance"), ("--vocabulary", 60),
+                                           ("--batches", 1), ("--architecture", "layer"), ("--seed", 7), ("--updates", 13),
+                                           ("--chat", "chatml")])
+def test_other_options_are_refused_on_resuming(refused, resumable, option, value):
+    """Guards --resume: a run that goes on with other options and equals neither run."""
+    refused(["checkpoint.pt", option.strip("-"), str(value)], *LONG, option, value, "--resume")
+
+
 def test_another_model_is_refused_on_resuming(refused, resumable, tmp_path):
     """Guards --resume: a half-trained adapter trained on for another model of the same shape."""
     write_model(tmp_path / "other", seed=1)
     refused(["checkpoint.pt", "target"], *LONG, "--resume", "--model", tmp_path / "other")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "other"])
+def test_a_damaged_checkpoint_is_refused(refused, resumable, damage):
+    """Guards --resume: a traceback, or a new start without a word, where the checkpoint is not one."""
+    path = resumable / "checkpoint.pt"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:len(data) // 2], "text": b"no checkpoint"}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other":
+        torch.save({"weights": {}}, path)
+    refused("checkpoint.pt", *LONG, "--resume")
 
 
 def test_a_checkpoint_is_not_overwritten(refused, resumable):
@@ -461,12 +542,49 @@ def test_odd_conversations(turns, kept):
 ONE = json.dumps({"text": TEXT[0]})
 
 
+@pytest.mark.parametrize("name, data, parts", [
+    ("bad.jsonl", f"{ONE}\n\n{ONE[:-5]}\n{ONE}", ["bad.jsonl:3", "not valid JSON"]),
+    ("bad.jsonl", f"{ONE}\n[1]", ["bad.jsonl:2", "conversations"]),
+    ("bad.jsonl", f"{ONE}\n" + '{"text": 5}', ["bad.jsonl:2", "conversations"]),
+    ("bad.json", f"[{ONE},\n{ONE},\n{ONE[:-5]}", ["bad.json:3", "2 entries", "--allow-truncated"]),
+    ("bad.json", f"[{ONE},\n{ONE},\n", ["bad.json:3", "2 entries", "--allow-truncated"]),
+    ("bad.json", f"[{ONE}\n{ONE}]", ["bad.json:1", "--allow-truncated"]),
+    ("bad.json", "[", ["bad.json:1", "0 entries"]),
+    ("bad.json", f"[{ONE},\n 1]", ["bad.json:2", "conversations"]),
+    ("bad.json", "[" * 100_000, ["bad.json:1", "0 entries"]),
+    ("bad.jsonl", '{"text":' * 100_000, ["bad.jsonl:1", "not valid JSON"]),
+    ("bad.json", "[]", "no document"), ("bad.txt", "", "no document"), ("bad.txt", " \n\n\n ", "no document"),
+    ("bad.json", json.dumps([{"conversations": "human"}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": [1]}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": [{"from": "human", "value": 5}]}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": [{"from": ["human"], "value": "a"}]}]), "bad.json:1"),
+    ("bad.json", json.dumps([{"conversations": []}]), "no document"),
+    ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read"]),
+    ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
+    ("bad.json.gz", gzip.compress(ONE.encode() * 50)[:-20], ["bad.json.gz", "cannot be read"]),
+    ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500, ["bad.json.gz", "cannot be read"]),
+    ("missing.json", None, ["missing.json", "cannot be read"])])
+def test_damaged_data_is_refused(refused, folder, tmp_path, name, data, parts):
+    """Guards a user's data: a traceback, a line that does not say where, or half a file learned without a word."""
+    if data is not None:
+        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    refused(parts, "--data", folder / "plain.txt" if "no document" not in parts else tmp_path / name, tmp_path / name)
+
+
 def test_a_truncated_list_is_taken_when_asked_to(train, folder, tmp_path):
     """Guards --allow-truncated: refused all the same, without a warning, or with entries lost."""
     path = tmp_path / "cut.json"
     path.write_text(json.dumps([share_gpt(i) for i in range(30)], indent=1)[:-200])
     status, err = train("--data", path, "--allow-truncated")
     assert status == 0 and "warning: " in err and "cut.json" in err and " 29 entries" in err and "29 documents" in err
+
+
+def test_half_a_character_is_no_crash(train, tmp_path):
+    """Guards JSON's escapes: a lone surrogate, which web data has, ends in a traceback of the tokenizer."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {sentences(i, 2)} \ud83e"}) + "\n" for i in range(40)))
+    status, err = train("--data", path)
+    assert status == 0, err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,6 +626,16 @@ def test_the_saved_adapter_is_the_trained_one(folder, adapter):
         assert len(loaded.vocabulary) == 60 and 2 in loaded.vocabulary and 0 < data["training"]["vocabulary_coverage"] <= 1
 
 
+def test_training_begins_from_another_adapter(folder, adapter, tmp_path):
+    """Guards --init: fresh weights all the same, another architecture, or where it came from forgotten."""
+    assert train_adapter.main(words(folder, tmp_path, "--init", adapter, "--updates", 1, "--lr", 1e-12)) == 0
+    started, ended = (load_file(out / "adapter.safetensors") for out in (adapter, tmp_path))
+    assert all(torch.equal(started[name], weight) for name, weight in ended.items())
+    before, after = (json.loads((out / "config.json").read_text()) for out in (adapter, tmp_path))
+    assert after["architecture"] == before["architecture"] and after["training"]["init"] == before["training"]
+    assert before["training"]["init"] is None
+
+
 def test_drafts_come_from_the_vocabulary(folder, tmp_path):
     """Guards a smaller vocabulary: drafts by their number in it instead of their id, from outside of it, or not the likeliest."""
     assert train_adapter.main(words(folder, tmp_path, "--vocabulary", 60)) == 0
@@ -537,6 +665,16 @@ def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capfd
     assert re.fullmatch(r"kangaroo\.py: [^\n]*another model[^\n]*\n", capfd.readouterr().err)
 
 
+@pytest.mark.parametrize("architecture", ["mamba", ["layer"], 1])
+def test_an_unknown_architecture_is_refused(folder, adapter, tmp_path, capfd, architecture):
+    """Guards an adapter of a later version: run as another architecture, or a traceback."""
+    copied = shutil.copytree(adapter, tmp_path / "adapter")
+    data = json.loads((copied / "config.json").read_text()) | {"architecture": architecture}
+    (copied / "config.json").write_text(json.dumps(data))
+    assert decode(folder, copied) == 2
+    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer\n", capfd.readouterr().err)
+
+
 @pytest.mark.parametrize("vocabulary", [[0, 340], [-1, 5], [], [[1, 2]], [0.5, 1]])
 def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocabulary):
     """Guards --vocabulary's tensor: ids that no row of the LM head belongs to, or none."""
@@ -548,8 +686,46 @@ def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocab
     assert re.fullmatch(r"kangaroo\.py: [^\n]*vocabulary must be [^\n]*\n", capfd.readouterr().err)
 
 
+def test_a_model_answers_by_itself(folder, tmp_path, capsys):
+    """Guards models/own_answers.py: answers unlike those that decoding gives, to other prompts, or in a form nobody reads."""
+    sys.path.append(str(SCRIPT.parent / "models"))
+    import own_answers
+    model, eos = load_llama(folder / "model"), (2, *range(3, 120))  # so many that answers end at different lengths
+    model.config = replace(model.config, eos_token_ids=eos)
+    prompts = torch.randint(130, 340, (6, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    found = own_answers.answers(model, prompts, 30)
+    assert found == [[token for round_ in generate(model, kangaroo.NoDrafter(model), prompt, 30, eos=eos)
+                      for token in round_.tokens] for prompt in prompts]
+    assert len(set(map(len, found))) > 2
+    own_answers.main([str(word) for word in [
+        "--model", folder / "model", "--data", folder / "chats.json", "--out", tmp_path / "own.jsonl", "--batch", 2,
+        "--max-new-tokens", 20, "--device", "cpu", "--dtype", "float32"]])
+    asked = {document[0] for document in read_documents(folder / "chats.json")}
+    answered = {document[0] for document in read_documents(tmp_path / "own.jsonl")}
+    assert answered and answered <= asked
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors a user makes
+
+@pytest.mark.parametrize("args, parts", [
+    (["--model", "nowhere"], ["nowhere", "--model"]), (["--exit-layer", 4], ["--exit-layer 4", "4 layers"]),
+    (["--exit-layer", -1], "--exit-layer -1"), (["--exit-layer", "two"], "--exit-layer"), (["--updates", 0], "--updates 0"),
+    (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]), (["--architecture", "mlp"], ["mlp", "layer"]),
+    (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]), (["--passes", 0], "--passes 0"),
+    (["--window", 1], "--window 1"), (["--vocabulary", 0], "--vocabulary 0"), (["--vocabulary", -5], "--vocabulary -5"),
+    (["--vocabulary", 341], ["--vocabulary 341", "340"]), (["--eval-documents", 0], "--eval-documents 0"),
+    (["--eval-prompts", -1], "--eval-prompts -1"), (["--lr", -1], "--lr -1"), (["--lr", "nan"], "--lr nan"),
+    (["--clip", 0], "--clip 0"), (["--weight-decay", -1], "--weight-decay -1"),
+    (["--chat", "alpaca"], ["--chat alpaca", "chatml"]), (["--init", "nowhere"], "nowhere"),
+    (["--dtype", "int8"], "--dtype int8"), (["--device", "tpu"], "--device tpu"),
+    (["--colour"], "--colour"), (["--max-length", 2], "--max-length 2")])
+def test_a_wrong_option_is_refused(train, args, parts):
+    """Guards a user's mistake: a traceback, a line that does not name the option, or hours of training for something else."""
+    status, err = train(*args)
+    lines = err.splitlines()
+    assert status == 2 and lines[-1].startswith("train_adapter.py: ") and "Traceback" not in err, err
+    assert all(part in lines[-1] for part in ([parts] if isinstance(parts, str) else parts)), err
 
 
 @pytest.mark.parametrize("name", ["out", "out/deeper"])
@@ -566,3 +742,12 @@ def test_a_required_option_is_missed(capfd):
     assert re.fullmatch(r"train_adapter\.py: [^\n]+\n", err) and "--data" in err
 
 
+def test_prompts_beyond_the_context_are_no_crash(train, tmp_path):
+    """Guards evaluations: prompts longer than the context leave nothing to decode, or to divide by."""
+    prompt = next(p for i in range(1000) if is_held_out(p := f"{i} {sentences(0, 90)}"))
+    chats = [share_gpt(i) for i in range(40)]
+    kept = [chat for chat in chats if not is_held_out(chat["conversations"][0]["value"])]
+    long = {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": "Yes."}]}
+    (tmp_path / "data.json").write_text(json.dumps([long, *kept]))
+    status, err = train("--data", tmp_path / "data.json")
+    assert status == 0 or status == 2 and "held-out" in err.splitlines()[-1], err

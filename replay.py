@@ -1,0 +1,125 @@
+"""Records one decode and writes it as a page that replays it: `python kangaroo.py --prompt "…" --trace out.html`.
+
+    Decoder.decode -> Recorder: rounds, texts, every run of a layer -> JSON -> into replay.html, one file without network
+
+Left out on purpose: all that is shown. The page itself, its styles and its script are `replay.html`, which can be read on
+its own; the comment at the top of its script describes the JSON.
+"""
+import json
+from functools import partial
+from pathlib import Path
+
+from llama import room_for_draft, write_atomically
+
+TEMPLATE = Path(__file__).with_name("replay.html")
+HERE = '<script type="application/json" id="data">'  # the JSON goes between this and the tag's end
+
+
+class Recorder:
+    """Decodes one prompt with a `kangaroo.Decoder` and keeps what it shows, commits and runs."""
+
+    def __init__(self, decoder, prompt, ids):
+        self.decoder, self.prompt, self.ids, self.prompt_length = decoder, prompt, list(ids), len(ids)
+        self.end = min(len(ids) + decoder.args.max_new_tokens, decoder.model.config.max_position_embeddings)
+        self.rounds, self.texts = [], []
+        # Of this round, a list up to each use of the LM head: of [first layer, last + 1, position] and ["adapter", position].
+        self.passes = [[]]
+
+    def decode(self, show):
+        """What `Decoder.decode` does and returns."""
+        def keep(text, drafted):  # one text a token, then what is left of a broken character
+            self.texts.append(text)
+            show(text, drafted)
+
+        model, adapter = self.decoder.model, self.decoder.adapter
+        watched = [(layer, partial(self.saw_layer, i)) for i, layer in enumerate(model.layers)] + [(model.lm_head, self.saw_head)]
+        if adapter is not None:
+            watched += [(adapter, self.saw_adapter)] + [(adapter.head, self.saw_head)] * (adapter.head is not None)
+        hooks = [module.register_forward_pre_hook(hook) for module, hook in watched]
+        try:
+            return self.decoder.decode(self.ids[:], keep, self.saw_round)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def saw_layer(self, i, _, args):
+        position, runs = int(args[1].slots[0]), self.passes[-1]
+        if position < self.prompt_length - 1:
+            return  # prefill
+        if runs and runs[-1][1:] == [i, position]:
+            runs[-1][1] = i + 1  # the next layer of the same pass
+        else:
+            runs.append([i, i + 1, position])
+
+    def saw_adapter(self, _, args):
+        position = int(args[1][0])
+        if position >= self.prompt_length - 1:
+            self.passes[-1].append(["adapter", position])
+
+    def saw_head(self, *_):
+        self.passes.append([])
+
+    def saw_round(self, round_):
+        drafted, sure, decoder = round_.draft.tokens, round_.draft.confidence, self.decoder
+        before = len(self.ids)
+        self.rounds.append({
+            "position": before - 1, "input": self.label(self.ids[:-1], self.ids[-1]),
+            "drafted": [{"id": token, "label": self.label(self.ids + drafted[:i], token),
+                         "confidence": round(sure[i], 6) if sure else None} for i, token in enumerate(drafted)],
+            "stopped": self.why_stopped(len(drafted), sure), "accepted": round_.accepted,
+            "committed": [{"id": token, "label": self.label(self.ids + round_.tokens[:i], token),
+                           "end": token in decoder.model.config.eos_token_ids} for i, token in enumerate(round_.tokens)],
+            "passes": self.passes[:-1]})
+        self.ids += round_.tokens
+        self.passes = [[]]
+
+    def why_stopped(self, n, sure):
+        """What ended a draft of n tokens, in the order in which `KangarooDrafter.draft` and `generate` ask."""
+        room = room_for_draft(len(self.ids) - 1, self.decoder.args.width)
+        limits = {"full": self.decoder.steps, "edge": room, "end": self.end - len(self.ids) - 1}
+        if sure and sure[-1] <= self.decoder.threshold:
+            return "unsure"
+        return next((name for name, limit in limits.items() if n == limit), None)
+
+    def label(self, before, token):
+        """How one token reads after the others: its text, or its number if it ends within a character or has no text."""
+        before = before[-8:]
+        head, text = self.decoder.tokenizer.decode(before), self.decoder.tokenizer.decode([*before, token])
+        text = text[len(head):] if text.startswith(head) else ""
+        return "‹end›" if token in self.decoder.model.config.eos_token_ids else text.replace("\ufffd", "") or f"‹{token}›"
+
+    def data(self, result):
+        """The JSON object of the page; `result` is what `decode` returned, with what --compare may have added."""
+        decoder, texts = self.decoder, iter(self.texts)
+        for token in (token for round_ in self.rounds for token in round_["committed"]):
+            token["text"] = "" if token["end"] else next(texts)
+        layers = len(decoder.model.layers)
+        return {
+            "settings": decoder.settings, "drafter": decoder.args.drafter, "prompt": self.prompt, "chat": decoder.chat,
+            "prompt_tokens": self.prompt_length, "layers": layers,
+            "exit_layer": decoder.exit_layer if decoder.adapter is not None else 0, "steps": decoder.steps,
+            "threshold": decoder.threshold, "identical": result.get("identical"),
+            "rounds": self.rounds, "rest": "".join(texts), "text": result["text"],
+            "summary": {
+                "tokens": len(result["ids"]), "rounds": result["rounds"], "drafted": sum(result["drafted"]),
+                "accepted": sum(result["accepted"]), "compression_rate": len(result["ids"]) / result["rounds"],
+                "layer_passes": sum(layer_passes(run) for r in self.rounds for group in r["passes"] for run in group),
+                "vanilla_layer_passes": layers * len(result["ids"])}}
+
+
+def layer_passes(run):
+    """How many layers a recorded run went through; the adapter, which is one layer at most, counts as one."""
+    return 1 if run[0] == "adapter" else run[1] - run[0]
+
+
+def write_page(path, data):
+    # In a script element only "<" could end the JSON early or open a comment; in JSON it may be written as an escape.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    head, tail = TEMPLATE.read_text(encoding="utf-8").split(HERE)
+    write_atomically(path, (head + HERE + text + tail).encode())
+
+
+def read_page(path):
+    """The data of a page that `write_page` wrote."""
+    text = Path(path).read_text(encoding="utf-8").split(HERE)[1]
+    return json.loads(text[:text.index("</script>")])
