@@ -5,21 +5,25 @@ started as one. It repeats the same launches on the same memory, so what is reco
 
 - static shapes: a step is always `width` rows, and one recording is made per length of the cache's view (`KVCache.BLOCK`);
 - static memory: inputs are copied into the recording's own, and the KV cache is kept from one text to the next;
-- no host decision: where rows are written and what they see is said by tensors (`positions`), never by Python numbers.
+- no host decision: where rows are written and what they see is said by tensors (positions; for a tree also the view's slots
+  and columns), never by Python numbers.
 
 The one-shape step of `llama.py` is all that already. So graphs wrap the same functions, `run_layers`, `logits`, the adapter and
-the drafter's `predict`, and `kangaroo.py` does not know of them. The same kernels run: graphs on and off give the same bits.
+the drafter's `predict`, and the algorithm in `kangaroo.py` does not know of them. The same kernels run: graphs on and off give
+the same bits.
 
-Left out on purpose: prefill, whose shapes vary and whose kernels are long. Follows PyTorch's notes "CUDA semantics: CUDA
-Graphs" and "Numerical accuracy".
+Left out on purpose: prefill, whose shapes vary and whose kernels are long; `KVCache.keep`, one copy a round at most.
+Follows PyTorch's notes "CUDA semantics: CUDA Graphs" and "Numerical accuracy".
 """
 import copy
 import os
 import weakref
+from functools import partial
 
 import torch
 
 import llama
+from llama import KVCache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Exact kernels
@@ -27,7 +31,7 @@ import llama
 def exact_kernels(tf32=False):
     """The settings under which a kernel's result depends on its inputs and their shapes alone. Call before CUDA is used.
 
-    `llama.rows_are_alike` checks on the device at hand what these are for, that rows of one call are treated alike.
+    `llama.rows_are_alike` checks on the device at hand what these are for: that the rows of one call are treated alike.
     Not set: torch.use_deterministic_algorithms. Of what a step calls it would change index_copy_ alone, into a sort and
     several kernels a layer; that one is exact here, because no position is written twice. `Sampler.scores` needs none either.
     """
@@ -67,9 +71,8 @@ class CudaRecorder:
         self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, function, inputs):
-        """(what replays function(*inputs) on the memory of `inputs`, the tensors that it fills)."""
-        # Whatever happens once happens now: compiling, cuBLAS's workspace (one for all recordings, which share a stream),
-        # cached constants. Running twice is harmless: a step writes the same rows to the same places.
+        # First run it unrecorded: what happens only once, such as compiling, must not be recorded. Running it once more is
+        # harmless, because a step writes the same rows to the same places.
         with torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -92,7 +95,10 @@ def direct_recorder(function, inputs):
 
 
 class Graphs:
-    """Recordings by key. A key names the function and all that it depends on besides the values of its tensors."""
+    """Recordings by key. A key names the function and all that it depends on besides the values of its tensors.
+
+    record(function, inputs) is to return (a function without arguments that replays, the outputs that this fills).
+    """
 
     def __init__(self, record):
         self.record, self.recordings = record, {}
@@ -109,9 +115,9 @@ class Graphs:
         replay()
         return tuple(output.clone() for output in outputs)  # the next replay, of any recording, may use this memory
 
-    def forget(self, memory):
-        """Drop the recordings that use this KV cache's memory."""
-        self.recordings = {key: value for key, value in self.recordings.items() if memory not in key}
+    def forget(self, rows):
+        """Drop the recordings that know this KV cache's rows."""
+        self.recordings = {key: value for key, value in self.recordings.items() if id(rows) not in key}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +134,7 @@ class GraphedLlama:
         self.graphs = Graphs(record or CudaRecorder(model.norm.weight.device))
         self.room = 0       # positions that a KV cache shall have room for at least: growing it means recording anew
         self.memory = {}    # by config: the KV cache that recordings know
-        self.lent = {}      # by config: a weak reference to the cache that was made of it last
+        self.lent = {}      # by config: a weak reference to the view of it that the last text got
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -141,26 +147,30 @@ class GraphedLlama:
         memory = self.memory.get(config)
         if memory is None or memory.length < length:
             if memory is not None:
-                self.graphs.forget(id(memory.k))
+                self.graphs.forget(memory.rows)
                 del self.memory[config], memory  # before the new one is made
             memory = self.memory[config] = self.model.new_cache(max(length, self.room), config)
-        for rows in memory.k + memory.v:
-            rows.zero_()  # as good as new, even if the last text ended in NaN
+        memory.rows.zero_()  # as good as new, even if the last text ended in NaN
         cache = memory.view(length)
         self.lent[config] = weakref.ref(cache)
         return cache
 
     def step(self, name, function, x, positions, cache):
         """function(x, positions, cache), replayed if this is a decode step on a cache that recordings know."""
-        if cache is None or x.shape[1] not in self.widths or all(cache.k is not memory.k for memory in self.memory.values()):
+        if cache is None or x.shape[1] not in self.widths or all(cache.rows is not known.rows for known in self.memory.values()):
             return function(x, positions, cache)
-        key, view = (name, tuple(x.shape), cache.length, id(cache.k)), copy.copy(cache)  # a copy: `cache` may be on loan
-        return self.graphs.run(key, lambda x, positions: (function(x, positions, view),), x, positions)[0]
+        rows, length, by_layer = cache.rows, cache.length, (cache.k, cache.v)
+
+        def recorded(x, positions, slots, columns=None):
+            view = KVCache(rows, length, by_layer)  # not `cache` itself, which may be on loan
+            view.slots, view.columns = slots, columns
+            return (function(x, positions, view),)
+        slots = positions if cache.slots is None else cache.slots
+        columns = [] if cache.columns is None else [cache.columns]
+        return self.graphs.run((name, tuple(x.shape), length, len(columns), id(rows)), recorded, x, positions, slots, *columns)[0]
 
     def run_layers(self, x, positions, cache, first, last):
-        def function(x, positions, cache):
-            return self.model.run_layers(x, positions, cache, first, last)
-        return self.step(("layers", first, last), function, x, positions, cache)
+        return self.step(("layers", first, last), partial(self.model.run_layers, first=first, last=last), x, positions, cache)
 
     def logits(self, x):
         if x.shape[1] not in self.widths:
@@ -169,9 +179,8 @@ class GraphedLlama:
 
     def describe(self, shortest, longest):
         """In words, for texts that grow from `shortest` to `longest` positions."""
-        block = llama.KVCache.BLOCK
-        first, last = (-(-n // block) * block for n in (shortest, longest))
-        views = f"{first}" if first == last else f"{first}, {first + block} … {last}"
+        first, last = (-(-n // KVCache.BLOCK) * KVCache.BLOCK for n in (shortest, longest))
+        views = f"{first}" if first == last else f"{first}, {first + KVCache.BLOCK} … {last}"
         return f"CUDA graphs for views of {views} positions, recorded at first use"
 
 
@@ -189,11 +198,11 @@ class GraphedAdapter:
 
 
 def graph_drafter(drafter):
-    """Replay also the LM head step of a new KangarooDrafter, from the adapter's state to the confidence; returns the drafter."""
+    """Replay also the LM head step of a new KangarooDrafter, from the adapter's state to the confidences; returns the drafter."""
     unused = copy.copy(drafter)  # without a cache, so that the recording keeps none alive
 
     def predict(x):
-        key = "predict", id(unused.adapter), unused.sampler.temperature, tuple(x.shape)
-        return drafter.model.graphs.run(key, unused.predict, x)
+        key = "predict", id(unused.adapter), unused.sampler.temperature, unused.candidates, tuple(x.shape)
+        return unused.model.graphs.run(key, unused.predict, x)
     drafter.predict = predict
     return drafter

@@ -53,6 +53,7 @@ from llama import (
     room_for_draft,
     rows_are_alike,
     safetensors_entries,
+    to_device,
 )
 from replay import Recorder, write_page
 from tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template, render_chat
@@ -259,7 +260,8 @@ class KangarooDrafter:
             path.append(node)
         self.cache.keep(start, path)
         if path != list(range(1, 1 + len(path))):
-            self.states[:, start + 1:start + 1 + len(path)] = self.states[:, [start + node for node in path]]
+            kept = self.states[:, to_device([start + node for node in path], self.states.device)]
+            self.states[:, start + 1:start + 1 + len(path)] = kept
         self.seen += sum(node < seen for node in path)
 
     def adapt(self, end):
@@ -440,7 +442,7 @@ def parse_arguments(argv):
     option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} (default: {TREE_WIDTH}); "
            "1 with --drafter none is the plain baseline", type=int)
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU: start every kernel from Python, without CUDA graphs")
-    parser.add_argument("--compile", action="store_true", help="on a GPU: fuse pointwise operations with torch.compile (slow start)")
+    parser.add_argument("--compile", action="store_true", help="on a GPU: fuse pointwise operations (starts slowly)")
     parser.add_argument("--tf32", action="store_true", help="on a GPU: let products of float32 be rounded to TF32")
     parser.add_argument("--compare", action="store_true", help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     parser.add_argument("--json", action="store_true", help="write a JSON object a prompt, and nothing else, to standard output")
@@ -518,7 +520,8 @@ def pick_device_and_dtype(args):
     dtype = args.dtype or ("bfloat16" if fast else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: not supported, choose float32, bfloat16 or float16")
-    exact_kernels(getattr(args, "tf32", False))
+    if device.type == "cuda":
+        exact_kernels(getattr(args, "tf32", False))
     return device, getattr(torch, dtype)
 
 

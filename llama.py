@@ -35,6 +35,12 @@ class UserError(Exception):
     """Something the user can put right; the message names the file, field or flag and what would be right."""
 
 
+def to_device(data, device):
+    """A list or a CPU tensor as a tensor on `device`. Pinned memory lets the host go on; else it may wait for the whole queue."""
+    data = torch.as_tensor(data)
+    return (data.pin_memory() if device.type == "cuda" else data).to(device, non_blocking=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -168,7 +174,7 @@ class KVCache:
     def keep(self, start, path):
         """After a step whose node i stands at row start + i: move the rows of the nodes `path` to start + 1, start + 2, …"""
         if path != list(range(1, len(path) + 1)):  # a chain's are there already
-            kept = self.rows[:, :, :, [start + node for node in path]]  # one copy for all layers
+            kept = self.rows[:, :, :, to_device([start + node for node in path], self.rows.device)]  # one copy for all layers
             self.rows[:, :, :, start + 1:start + 1 + len(path)] = kept
 
     def update(self, layer, slots, k, v):
@@ -204,10 +210,10 @@ def one_shape(x, start, cache, width, parents=None):
     for node, parent in enumerate(parents, 1):
         paths.append([*paths[parent], node])
     live = [path + list(range(len(path), width)) for path in paths[first:]]  # what follows a node's depth is masked
-    view.columns[:len(live), start:start + width] = torch.tensor(live).to(x.device, non_blocking=True) + start
+    view.columns[:len(live), start:start + width] = to_device(live, x.device) + start
     depth = [len(path) - 1 for path in paths[first:]] + [0] * (width - len(live))
     view.slots = slots
-    return x, torch.tensor(depth).to(x.device, non_blocking=True) + start, view
+    return x, to_device(depth, x.device) + start, view
 
 
 def room_for_draft(start, width):
@@ -251,7 +257,7 @@ class RMSNorm(nn.Module):
         return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * d,), eps=self.eps)[..., :d] * self.weight
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=None)  # noqa: UP033 — never dropped: a CUDA graph may know where it lies
 def inverse_frequencies(config, device):
     """RoPE's angle per position, (head_dim / 2,) float32, as in transformers' modeling_rope_utils.py."""
     inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
@@ -290,22 +296,22 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, rows):
     """softmax(q kᵀ / √D) v: each row of q (B, T, H, D) over the rows that it sees of k, v (B, S, K, D) -> (B, T, H, D)."""
-    if q.is_cuda and mask is not None:
-        return attend_by_group(q, k, v, mask)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    if q.is_cuda and rows.mask is not None:
+        return attend_by_group(q, k, v, rows)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rows.mask,
+                                       is_causal=rows.mask is None, enable_gqa=q.shape[2] != k.shape[2])  # (B, H, T, D)
     return y.transpose(1, 2)
 
 
-def attend_by_group(q, k, v, mask):
-    """The same for kernels that know no groups: the heads of a group become rows of one head, and its keys are read once."""
+def attend_by_group(q, k, v, rows):
+    """The same for kernels that know no groups: the G heads of a group become rows of one head, and keys are read once."""
     (B, T, H, D), K = q.shape, k.shape[2]
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, H / K · T, D)
-    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2),
-                                       mask if H == K else mask.repeat(H // K, 1))
-    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
+    mask = rows.mask if H == K else rows.mask.repeat(H // K, 1)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4)
 
 
 def silu_and_multiply(gate_up):
@@ -402,7 +408,7 @@ class Llama(nn.Module):
     def embed(self, ids):
         """Token ids, a list or a tensor (T,), -> (1, T, hidden_size). A list is copied to the device without waiting."""
         if not torch.is_tensor(ids):
-            ids = torch.tensor(ids, dtype=torch.long).to(self.embed_tokens.weight.device, non_blocking=True)
+            ids = to_device(torch.tensor(ids, dtype=torch.long), self.embed_tokens.weight.device)
         return self.embed_tokens(ids)[None]
 
     def run_layers(self, x, positions, cache, first, last):
@@ -578,9 +584,7 @@ class Sampler:
         generator = torch.Generator().manual_seed(int.from_bytes(key.digest(), "little"))
         u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).float()
         # −log(1 − u) keeps float32's full precision where it is small, which is where the winners are.
-        noise = -(-torch.log1p(-u)).log()
-        # A copy from pinned memory does not make the host wait for all that the GPU still has to do before it.
-        return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
+        return to_device(-(-torch.log1p(-u)).log(), device)
 
     def scores(self, logits):
         """logits (V,) -> float32 (V,): divided by the temperature, −inf for what top-k and top-p exclude."""
@@ -591,9 +595,10 @@ class Sampler:
             probs = scores.softmax(-1)
             # Non-negative floats sort like their bit patterns, and PyTorch sorts integers ten times as fast on a CPU.
             ascending = probs.view(torch.int32).sort().values.view(torch.float32)
-            # Summed as integers, in units of 2⁻⁵², because a GPU adds the terms of a cumulative sum in varying order.
-            total = (ascending.double() * 2 ** 52).long().cumsum(-1)
-            cut = (total <= (1 - self.top_p) * 2 ** 52).sum().clamp(max=len(probs) - 1)
+            total, limit = ascending, 1 - self.top_p
+            if probs.is_cuda:  # a GPU adds up a running sum in varying order, to which only integers are indifferent
+                total, limit = (ascending.double() * 2 ** 52).long(), int(limit * 2 ** 52)
+            cut = (total.cumsum(-1) <= limit).sum().clamp(max=len(probs) - 1)
             scores = scores.masked_fill(probs < ascending.gather(0, cut[None]), -math.inf)
         return scores
 

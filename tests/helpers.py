@@ -5,15 +5,18 @@ import os
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
+from graphs import exact_kernels
 from kangaroo import Adapter
 from llama import KVCache, Llama, LlamaConfig, Sampler, build, named_weights, pack
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))]
+exact_kernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                    head_dim=8, vocab_size=40, max_position_embeddings=1024)

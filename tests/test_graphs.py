@@ -1,0 +1,291 @@
+"""CUDA graphs: their logic on any machine, with a stand-in that runs what it recorded; the real ones where there is a GPU."""
+import gc
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import DTYPES, TINY, NoisyAdapter, PerfectAdapter, block, random_adapter, random_model, samplers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llama
+from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, Graphs, direct_recorder, fuse_pointwise, graph_drafter
+from kangaroo import KangarooDrafter, NoDrafter, PromptLookupDrafter, generate
+from llama import KVCache, Sampler, one_shape
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+class StandIn:
+    """Records without a GPU. `functions` holds what was recorded, `replays` counts. As on a GPU, a recording's outputs are
+    memory that later replays overwrite: here at once, with garbage, so that whoever keeps it without copying is found out."""
+
+    def __init__(self):
+        self.functions, self.replays, self.outputs = [], 0, []
+
+    def __call__(self, function, inputs):
+        replay, outputs = direct_recorder(function, inputs)
+        self.functions.append(function)
+        self.outputs.append(outputs)
+
+        def counted():
+            self.replays += 1
+            for static in self.outputs:
+                for tensor in static:
+                    if not any(tensor is x for x in inputs):  # no layers at all hand on what they were given
+                        tensor.fill_(77)
+            replay()
+        return counted, outputs
+
+
+ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1), "perfect": PerfectAdapter}
+
+
+def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, candidates=1, **options):
+    """(ids, the target's KV cache, the adapter's, drafts). A graphed model decodes with graphs, another without."""
+    graphed = isinstance(model, GraphedLlama)
+    if kind == "kangaroo":
+        adapter = GraphedAdapter(adapter, model) if graphed else adapter
+        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, options["sampler"], options["width"], candidates)
+        drafter = graph_drafter(drafter) if graphed else drafter
+    else:
+        drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
+    cache = model.new_cache(len(prompt) + n + 2 * options["width"])
+    rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
+    rows = [c.rows[:, :, :, :cache.length].clone() for c in (cache, getattr(drafter, "cache", cache))]
+    return [token for r in rounds for token in r.tokens], *rows, [r.draft.tokens for r in rounds]
+
+
+def assert_same(on, off):
+    assert on[0] == off[0] and on[3] == off[3]
+    for a, b in zip(on[1:3], off[1:3], strict=True):
+        assert torch.equal(a, b)
+
+
+@given(seed=st.integers(0, 999), sampler=samplers, dtype=st.sampled_from(DTYPES), exit_layer=st.integers(0, 3), data=st.data(),
+       kind=st.sampled_from(["none", "lookup", "kangaroo", "kangaroo"]), width=st.sampled_from([2, 4, 8, 12, 16]),
+       adapter=st.sampled_from(list(ADAPTERS)), packed=st.booleans(), threshold=st.sampled_from([0.0, 0.1, 0.6]))
+@settings(max_examples=40)
+def test_graphs_on_is_graphs_off(seed, sampler, dtype, exit_layer, data, kind, width, adapter, packed, threshold):
+    """Tokens, drafts and both caches, whole: one text after another through the same recordings, chains and trees mixed."""
+    with block(16):
+        model = random_model(TINY, seed, dtype, packed_for=width if packed else None)
+        graphed, source = GraphedLlama(model, (width,), StandIn()), random.Random(seed)
+        adapter = ADAPTERS[adapter](model, exit_layer)
+        for n in (5, 30, 17):  # the second text needs more room than the first left, the third less
+            prompt = [source.randrange(40) for _ in range(data.draw(st.integers(1, 20), "prompt"))]
+            candidates = data.draw(st.sampled_from([1, 3] if width > llama.CHAIN_WIDTH else [1]), "K")
+            more = dict(adapter=adapter, exit_layer=exit_layer, threshold=threshold, candidates=candidates)
+            options = more | dict(sampler=sampler, steps=width - 1, width=width)
+            assert_same(decode(graphed, kind, prompt, n, **options), decode(model, kind, prompt, n, **options))
+        assert graphed.graphs.record.replays
+
+
+def recordings(graphed, name):
+    return [key for key in graphed.graphs.recordings if key[0][0] == name or key[0] == name]
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_one_recording_per_view_made_when_first_needed(width):
+    """Buckets: a text's recordings are those of the views that it goes through, made once; a tree needs none of its own."""
+    with block(32):
+        model, stand_in = random_model(), StandIn()
+        graphed = GraphedLlama(model, (width,), stand_in)
+        graphed.room = 200
+        options = dict(sampler=Sampler(), width=width)
+        assert not stand_in.functions
+        decode(graphed, "none", [1], 25 - width, **options)  # steps start at positions 0 … 24 − width
+        assert len(recordings(graphed, "layers")) == 1 and len(recordings(graphed, "logits")) == 1
+        decode(graphed, "none", [1], 26 + 32 - width, **options)  # and up to 57 − width: views of 32 and 64
+        assert len(recordings(graphed, "layers")) == 2 and len(recordings(graphed, "logits")) == 1
+        before = len(stand_in.functions)
+        decode(graphed, "none", [2, 3], 30, **options)
+        decode(graphed, "lookup", [2, 3, 2, 3], 30, **options)
+        assert len(stand_in.functions) == before == 3 and stand_in.replays > 100
+        for candidates in (1, 3) if width > llama.CHAIN_WIDTH else (1, 1):
+            decode(graphed, "kangaroo", [1], 25, random_adapter(model), 1, 0.0, candidates, **options)
+            assert {key[0] for key in recordings(graphed, "layers")} == {("layers", 0, 4), ("layers", 0, 1), ("layers", 1, 4)}
+            shallow = [key for key in recordings(graphed, "layers") if key[0] == ("layers", 0, 1)]
+            assert len(shallow) == len({key[2] for key in shallow})  # a tree needs none of its own
+
+
+def test_memory_is_reused_until_it_is_too_small():
+    """The KV cache that recordings know serves the next text, zeroed; a longer one gets more and the old recordings go."""
+    with block(16):
+        model, stand_in = random_model(), StandIn()
+        graphed = GraphedLlama(model, (8,), stand_in)
+        cache = graphed.new_cache(40)
+        rows, length = cache.rows, cache.length
+        rows.fill_(torch.nan)
+        other = graphed.new_cache(40)  # while the first is in use: memory of its own
+        assert other.rows is not rows
+        del cache, other
+        gc.collect()
+        cache = graphed.new_cache(20)
+        assert cache.rows is rows and cache.length == 32 < length and not rows.any()
+        x = one_shape(model.embed([1]), 3, cache, 8)
+        graphed.run_layers(*x, 0, 4), graphed.logits(x[0])
+        assert len(recordings(graphed, "layers")) == 1
+        del cache, x
+        gc.collect()
+        graphed.room = 100
+        larger = graphed.new_cache(60)
+        assert larger.rows is not rows and larger.rows.shape[3] >= 100 and larger.length == 64
+        assert not recordings(graphed, "layers") and len(recordings(graphed, "logits")) == 1
+
+
+def test_two_texts_at_once():
+    """The second goes without graphs, and neither disturbs the other."""
+    model = random_model()
+    graphed = GraphedLlama(model, (8,), StandIn())
+    both = [generate(graphed, NoDrafter(graphed), prompt, 20) for prompt in ([1, 2], [3, 4, 5])]
+    tokens = [[], []]
+    for a, b in zip(*both):
+        tokens[0] += a.tokens
+        tokens[1] += b.tokens
+    assert tokens == [[t for r in generate(model, NoDrafter(model), p, 20) for t in r.tokens] for p in ([1, 2], [3, 4, 5])]
+
+
+def test_static_buffers():
+    """Inputs are copied in before each replay, outputs out after it; the caller's tensors are never the recording's."""
+    stand_in = StandIn()
+    graphs, x = Graphs(stand_in), torch.ones(3)
+    first = graphs.run("double", lambda x: (2 * x,), x)[0]
+    second = graphs.run("double", lambda x: (0 * x,), 5 * x)[0]  # the recording counts, not the function of the second call
+    assert first.tolist() == [2, 2, 2] and second.tolist() == [10, 10, 10] and x.tolist() == [1, 1, 1]
+    assert len(stand_in.functions) == 1 and stand_in.replays == 2
+    static = graphs.recordings["double"][1][0]
+    assert static is not x and not any(out.data_ptr() == y.data_ptr() for out in stand_in.outputs[0] for y in (first, second))
+
+
+def test_padding_and_other_shapes():
+    """A step is recorded at its padded shape whatever is live; a pass of other than `width` rows, as prefill's, is not."""
+    model, stand_in = random_model(), StandIn()
+    graphed = GraphedLlama(model, (8,), stand_in)
+    cache = graphed.new_cache(50)
+    for live in (1, 3, 8):
+        x = one_shape(model.embed(list(range(live))), 5, cache, 8)
+        assert torch.equal(graphed.run_layers(*x, 0, 4), model.run_layers(*x, 0, 4))
+    assert len(stand_in.functions) == 1
+    graphed.run_layers(model.embed([1, 2, 3]), torch.arange(3), cache, 0, 4)
+    graphed.run_layers(model.embed(list(range(8))), torch.arange(8), KVCache.zeros(TINY, 4, 64, cache.rows), 0, 4)
+    graphed.logits(model.embed([1, 2, 3]))
+    assert len(stand_in.functions) == 1
+
+
+def test_what_a_recording_depends_on_is_in_its_key():
+    """Temperature, candidates and adapter are Python values inside `predict`: another value, another recording."""
+    model, stand_in = random_model(), StandIn()
+    graphed = GraphedLlama(model, (16,), stand_in)
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    for adapter in (random_adapter(model, 1), random_adapter(model, 2)):
+        adapter.draft_from(torch.arange(10 + len(stand_in.functions)), model.lm_head)
+        for temperature in (0.0, 2.0):
+            for candidates in (1, 4):
+                drafter = KangarooDrafter(graphed, adapter, 1, 0, Sampler(temperature), 16, candidates)
+                plain = drafter.predict(x)
+                for a, b in zip(graph_drafter(drafter).predict(x), plain, strict=True):
+                    assert torch.equal(a, b)
+    assert len(stand_in.functions) == 8
+
+
+def test_attention_by_group_is_attention():
+    """The GPU's attention, up to rounding: rows of the heads of a group side by side, each with its own mask."""
+    generator = torch.Generator().manual_seed(0)
+    for heads, kv_heads in ((4, 4), (6, 2), (3, 1)):
+        q, k, v = (torch.randn(1, n, h, 8, generator=generator).double() for n, h in ((5, heads), (32, kv_heads), (32, kv_heads)))
+        mask = torch.where(torch.arange(32) > torch.arange(9, 14)[:, None], -torch.inf, 0.0).double()
+        rows = llama.Rows(None, None, None, mask, None)
+        assert torch.allclose(llama.attend_by_group(q, k, v, rows), llama.attend(q, k, v, rows), atol=1e-12)
+
+
+def test_compiled_pointwise_operations_are_the_same_functions(monkeypatch):
+    """`fuse_pointwise` without a compiler behind it: the same values, at every shape; twice is once."""
+    x, y = torch.randn(1, 8, 3, 16), torch.randn(8, 1, 16)
+    expected = llama.rotate(x, y, y), llama.silu_and_multiply(x)
+    for name in ("rotate", "silu_and_multiply"):
+        monkeypatch.setattr(llama, name, getattr(llama, name))
+    for _ in range(2):
+        fuse_pointwise(backend="eager")
+        assert torch.equal(llama.rotate(x, y, y), expected[0]) and torch.equal(llama.silu_and_multiply(x), expected[1])
+
+
+@pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
+def test_no_copy_from_pageable_memory(width, candidates):
+    """Such a copy may make the host wait for a GPU's whole queue: all data goes to the device through `to_device`."""
+    model, ways = random_model(), []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            if name in ("__getitem__", "__setitem__"):
+                index = args[1] if isinstance(args[1], tuple) else (args[1],)
+                ways.extend(("index", i) for i in index if isinstance(i, list))
+            elif function is torch.Tensor.to and isinstance(args[-1], torch.device):
+                ways.append(("to", kwargs))
+            return function(*args, **kwargs or {})
+
+    drafter = KangarooDrafter(model, NoisyAdapter(model, 1) if candidates > 1 else random_adapter(model), 1, 0.02,
+                              Sampler(0.7, 5, 0.9), width, candidates)
+    with Watch():
+        rounds = list(generate(model, drafter, [1, 2, 3], 30, width - 1, Sampler(0.7, 5, 0.9), width=width))
+    assert len(rounds) > 2 and all(way == ("to", {"non_blocking": True}) for way in ways if way[0] != "to" or way[1])
+    assert ("to", {"non_blocking": True}) in ways and not [way for way in ways if way[0] == "index"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.95, 1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width, candidates", [(8, 1), (16, 1), (16, 3)], ids=["chain", "wide", "tree"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_cuda_graphs_on_is_graphs_off(dtype, sampler, width, candidates, group):
+    """The real thing: tokens, drafts and both caches, whole, and equal to vanilla decoding with graphs."""
+    config = replace(TINY, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4 // group,
+                     head_dim=64, vocab_size=2000)
+    model = random_model(config, 3, dtype, "cuda")
+    graphed, adapter = GraphedLlama(model, (width,)), random_adapter(model)
+    options = dict(adapter=adapter, sampler=sampler, steps=width - 1, width=width, candidates=candidates)
+    for n in (20, 150):
+        on, off = (decode(m, "kangaroo", [5, 6, 7], n, **options) for m in (graphed, model))
+        assert_same(on, off)
+        assert decode(graphed, "none", [5, 6, 7], n, **options)[0] == on[0]
+    assert len(graphed.graphs.recordings) > 5
+
+
+@gpu
+@pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
+def test_cuda_host_syncs(width, candidates):
+    """PyTorch's own count: one a round and one a draft step, nothing hidden."""
+    model = random_model(TINY, 0, torch.float32, "cuda")
+    graphed, steps = GraphedLlama(model, (width,)), []
+    options = dict(adapter=random_adapter(model), threshold=0.0, sampler=Sampler(0.7, 5, 0.9), steps=5, width=width)
+    decode(graphed, "kangaroo", [1, 2, 3], 40, candidates=candidates, **options)  # recording synchronises
+    drafter = KangarooDrafter(graphed, GraphedAdapter(options["adapter"], graphed), 1, 0.0, options["sampler"], width, candidates)
+    children = drafter.children
+    drafter.children = lambda *args: steps.append(1) or children(*args)
+    graph_drafter(drafter)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rounds = list(generate(graphed, drafter, [1, 2, 3], 40, 5, options["sampler"], width=width))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(w.message) for w in caught) == len(rounds) + len(steps)
+
+
+@gpu
+def test_cuda_recordings_share_memory():
+    """A recording more costs next to nothing in PyTorch's allocator."""
+    model = random_model(replace(TINY, hidden_size=256), 0, torch.bfloat16, "cuda")
+    graphed = GraphedLlama(model, (8,), CudaRecorder(torch.device("cuda")))
+    graphed.room = 900
+    decode(graphed, "none", [1], 40, sampler=Sampler(), width=8)
+    before = torch.cuda.memory_allocated()
+    decode(graphed, "none", [1], 800, sampler=Sampler(), width=8)
+    assert torch.cuda.memory_allocated() - before < 8 * 2 ** 20
