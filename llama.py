@@ -311,7 +311,7 @@ def attend_by_group(q, k, v, rows):
     q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
     mask = rows.mask if H == K else rows.mask.repeat(H // K, 1)
     y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
-    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4)
+    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def silu_and_multiply(gate_up):
