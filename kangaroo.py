@@ -521,7 +521,7 @@ def pick_device_and_dtype(args):
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: not supported, choose float32, bfloat16 or float16")
     if device.type == "cuda":
-        exact_kernels(getattr(args, "tf32", False))
+        exact_kernels(getattr(args, "tf32", False))  # of the programs that ask here, only some have the flag
     return device, getattr(torch, dtype)
 
 
@@ -572,10 +572,14 @@ class Decoder:
         drafter += f", tree of {self.tree[1]} nodes, {self.tree[0]} candidates" if args.tree else ""
         self.settings = (f"{folder.name} · {device} · {str(dtype).removeprefix('torch.')} · chat template {self.chat} · "
                          f"drafter {drafter} · width {args.width}")
-        self.graphs = device.type == "cuda" and not args.no_graphs
-        if self.graphs:
-            self.model = GraphedLlama(self.model, (args.width,))
-            self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
+        self.graphs = False
+        if device.type == "cuda" and not args.no_graphs and not args.trace:  # the page wants to see each layer run
+            self.use_graphs()
+
+    def use_graphs(self, record=None):
+        """Replay the decode steps from here on; `record` as in `graphs.Graphs`."""
+        self.graphs, self.model = True, GraphedLlama(self.model, (self.args.width,), record)
+        self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
 
     def encode(self, prompt):
         text = render_chat(self.template, [prompt])

@@ -640,14 +640,18 @@ def generate_naive(model, prompt, max_new_tokens, sampler, eos=()):
 
 
 @torch.inference_mode()
-def rows_are_alike(model, width):
+def rows_are_alike(model, width, start=None):
     """Does this device treat the rows of a step alike, so that one shape means one result? Checked, not believed.
 
     `width` tokens run as one step and one by one; logits and cache must be equal bit for bit. At a width for trees, once
     more as two branches whose nodes alternate. Two layers and the LM head suffice, because all layers have the same shapes
-    and so run the same kernels. Takes at most 3/2 width + 2 steps of these.
+    and so run the same kernels. Takes at most 3/2 width + 2 steps of these. On a GPU, where attention may run another kernel
+    over a long view than over a short one, twice that.
     """
-    depth, start = min(2, len(model.layers)), KVCache.BLOCK // 2
+    if start is None:
+        starts = (KVCache.BLOCK // 2, 32 * KVCache.BLOCK + KVCache.BLOCK // 2)
+        return all(rows_are_alike(model, width, start) for start in starts[:2 if model.norm.weight.is_cuda else 1])
+    depth = min(2, len(model.layers))
     generator = torch.Generator().manual_seed(0)
     before = KVCache.zeros(model.config, depth, start + 2 * width, model.norm.weight)
     before.rows.copy_(torch.randn(before.rows.shape, generator=generator))

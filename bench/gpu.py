@@ -245,7 +245,7 @@ def questions(args, device):
                     ratios.append((times[2] - times[1]) / (times[1] - times[0]))
             all_same = all_same and same == len(prompts)
             print(f"{str(dtype).removeprefix('torch.')}, temperature {sampler.temperature}: {same} of {len(prompts)} answers "
-                  f"identical to vanilla decoding's; median speedup, both with graphs, {statistics.median(ratios):.2f}", flush=True)
+                  f"identical to vanilla's; median speedup, both with graphs, {statistics.median(ratios):.2f}", flush=True)
         del model, adapter, bench, drafter, who
         free_memory(device)
     return all_same

@@ -75,6 +75,26 @@ TREE_MUTATIONS = [
     ("a child of another node is accepted", "kangaroo.py",
      "if edge == (node, token)), 0)", "if edge[1] == token and i > node), 0)"),
 ]
+GRAPH_TESTS = ["tests/test_graphs.py"]
+GRAPH_MUTATIONS = [
+    ("an input is not copied before a replay", "graphs.py", "            static.copy_(tensor)\n", "            pass\n"),
+    ("an output is not copied after a replay", "graphs.py",
+     "return tuple(output.clone() for output in outputs)", "return tuple(outputs)"),
+    ("the caller's tensors become the recording's", "graphs.py",
+     "inputs = [tensor.clone() for tensor in tensors]", "inputs = list(tensors)"),
+    ("recordings are kept after the cache grew", "graphs.py", "                self.graphs.forget(memory.rows)\n", ""),
+    ("a recording of another view is replayed", "graphs.py",
+     "tuple(x.shape), length, len(columns)", "tuple(x.shape), len(columns)"),
+    ("a recording of other layers is replayed", "graphs.py", 'self.step(("layers", first, last), ', 'self.step(("layers",), '),
+    ("a recording keeps the first tree's slots", "graphs.py", "view.slots, view.columns = slots, columns",
+     "view.slots, view.columns = cache.slots, columns"),
+    ("a recording keeps the first tree's columns", "graphs.py", "view.slots, view.columns = slots, columns",
+     "view.slots, view.columns = slots, cache.columns"),
+    ("two texts write to one cache", "graphs.py", "if config in self.lent and self.lent[config]() is not None:", "if False:"),
+    ("a text finds the rows of the last", "graphs.py", "        memory.rows.zero_()", "        pass"),
+    ("the temperature is not in the key", "graphs.py", "unused.sampler.temperature, ", ""),
+    ("a copy from pageable memory", "llama.py", "to_device(depth, x.device) + start", "torch.tensor(depth).to(x.device) + start"),
+]
 
 
 def run_with(tests, file, old, new):
@@ -96,7 +116,8 @@ def run_with(tests, file, old, new):
 
 
 def main():
-    unseen, all_mutations = 0, [(TESTS, *m) for m in MUTATIONS] + [(TREE_TESTS, *m) for m in TREE_MUTATIONS]
+    suites = (TESTS, MUTATIONS), (TREE_TESTS, TREE_MUTATIONS), (GRAPH_TESTS, GRAPH_MUTATIONS)
+    unseen, all_mutations = 0, [(tests, *mutation) for tests, mutations in suites for mutation in mutations]
     for tests, name, *mutation in all_mutations:
         begin = time.perf_counter()
         red = run_with(tests, *mutation)

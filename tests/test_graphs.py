@@ -6,13 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DTYPES, TINY, NoisyAdapter, PerfectAdapter, block, random_adapter, random_model, samplers
+from helpers import (
+    DTYPES,
+    TINY,
+    NoisyAdapter,
+    PerfectAdapter,
+    block,
+    random_adapter,
+    random_model,
+    samplers,
+    write_adapter,
+    write_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama
 from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, Graphs, direct_recorder, fuse_pointwise, graph_drafter
-from kangaroo import KangarooDrafter, NoDrafter, PromptLookupDrafter, generate
+from kangaroo import Decoder, KangarooDrafter, NoDrafter, PromptLookupDrafter, generate, parse_arguments
 from llama import KVCache, Sampler, one_shape
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -233,6 +244,24 @@ def test_no_copy_from_pageable_memory(width, candidates):
         rounds = list(generate(model, drafter, [1, 2, 3], 30, width - 1, Sampler(0.7, 5, 0.9), width=width))
     assert len(rounds) > 2 and all(way == ("to", {"non_blocking": True}) for way in ways if way[0] != "to" or way[1])
     assert ("to", {"non_blocking": True}) in ways and not [way for way in ways if way[0] == "index"]
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", "0.8", "--seed", "3"], ["--tree", "--top-candidates", "3"]],
+                         ids=["greedy", "sampled", "tree"])
+def test_the_command_line_with_graphs(more, tmp_path):
+    """`Decoder` decodes the same with graphs, drafting and vanilla, and says at the start which views will be recorded."""
+    write_adapter(tmp_path / "model" / "adapter", write_model(tmp_path / "model"))
+    args = parse_arguments(["--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40",
+                            "--prompt", "-", *more])
+    plain, graphed = Decoder(args), Decoder(args)
+    graphed.use_graphs(StandIn())
+    prompts = [plain.encode(text) for text in ("Once upon a time", "A much longer prompt: " + "the kangaroo jumped. " * 8)]
+    graphed.make_room(prompts)
+    assert "CUDA graphs for views of 64, 128" in graphed.settings and "CUDA" not in plain.settings
+    for ids in prompts:
+        assert graphed.decode(ids, lambda *_: None)["ids"] == plain.decode(ids, lambda *_: None)["ids"]
+        assert graphed.decode_vanilla(ids)["vanilla_ids"] == plain.decode_vanilla(ids)["vanilla_ids"]
+    assert graphed.model.graphs.record.replays > 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
