@@ -397,7 +397,7 @@ def test_help_fits_a_screen_and_names_every_option_and_default(capfd):
     assert stop.value.code == 0 and len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 110
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=-)", out)[1:]]
     defaults = {"--" + name.replace("_", "-"): value for name, value in vars(kangaroo.parse_arguments(["--prompt", "x"])).items()}
-    assert sorted(re.search("--[a-z-]+", entry)[0] for entry in entries) == sorted([*defaults, "--help"])
+    assert sorted(re.search("--[a-z0-9-]+", entry)[0] for entry in entries) == sorted([*defaults, "--help"])
     entries = {entry.split()[0]: entry for entry in entries}
     for name, default in defaults.items():
         if default is None and name not in ("--prompts", "--trace"):  # without them nothing is read or written

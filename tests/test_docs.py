@@ -39,7 +39,7 @@ def test_names_exist(page):
     text, everything = page.read_text(encoding="utf-8"), "\n".join(CODE.values())
     for test in re.findall(r"\btest_\w+\b(?!\.py)", text):
         assert f"def {test}(" in everything, f"{page.name}: {test}"
-    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"(?m)^(pip|hf|torchrun|python -m) .*$", "", text)):
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"(?m)^(pip|hf|torchrun|python -m) .*$", "", text)):
         assert f'"{option}"' in everything or option in ("--local-dir", "--nproc-per-node"), f"{page.name}: {option}"
 
 
