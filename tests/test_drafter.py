@@ -32,14 +32,15 @@ class CheckedDrafter:
         return draft
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(1, 7),
        threshold=st.sampled_from([0.0, 0.3, 0.6]), prompt_length=st.integers(1, 20), exit_layer=st.integers(0, 3),
        width=st.sampled_from([2, 4, 8]))
 @settings(max_examples=60)
-def test_every_draft_is_that_of_a_fresh_drafter(seed, kind, sampler, steps, threshold, prompt_length, exit_layer, width):
+def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold, prompt_length, exit_layer, width):
     """Guards the adapter's cache: positions off by one, rejected rows kept, a row missing after a full accept or an edge."""
     with block(16):
-        model = random_model(TINY, seed, torch.float64)
+        model = random_model(TINY, seed, torch.float64, device=device)
         adapter = {"random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter, "noisy": NoisyAdapter}[kind](
             model, exit_layer)
         checked = CheckedDrafter(lambda: KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width))
@@ -61,20 +62,22 @@ def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer
     assert all(r.accepted == len(r.draft.tokens) for r in rounds)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20))
 @settings(max_examples=25)
-def test_an_adversarial_adapter_costs_a_round_a_token(seed, n):
+def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n):
     """Who drafts what the target likes least has nothing accepted; test_lossless.py shows that the text is the target's."""
-    model = random_model(TINY, seed, torch.float64)
+    model = random_model(TINY, seed, torch.float64, device=device)
     rounds = list(generate(model, KangarooDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler()), [1], n))
     assert len(rounds) == n and not any(r.accepted for r in rounds)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), sampler=samplers, prompt_length=st.integers(1, 30), tied=st.booleans())
 @settings(max_examples=30)
-def test_the_cached_step_agrees_with_the_definition(seed, sampler, prompt_length, tied):
+def test_the_cached_step_agrees_with_the_definition(device, seed, sampler, prompt_length, tied):
     """Third oracle: vanilla decoding through cache, blocks and padding gives the tokens of ten lines without any of them."""
-    model = random_model(replace(TINY, tie_word_embeddings=tied), seed, torch.float64)
+    model = random_model(replace(TINY, tie_word_embeddings=tied), seed, torch.float64, device=device)
     prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
     with block(16):
         cached = [token for r in generate(model, NoDrafter(model), prompt, 25, sampler=sampler) for token in r.tokens]
@@ -106,11 +109,12 @@ def starts(rounds):
     return [sum(len(r.tokens) for r in rounds[:i]) for i in range(len(rounds))]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(threshold=st.floats(0.05, 0.95), temperature=st.sampled_from([0.0, 0.5, 3.0]), seed=st.integers(0, 99))
 @settings(max_examples=30)
-def test_a_draft_ends_with_its_first_unsure_token(threshold, temperature, seed):
+def test_a_draft_ends_with_its_first_unsure_token(device, threshold, temperature, seed):
     """Exactly the last token of a draft may be at or below η, at the temperature in force."""
-    model = random_model(TINY, seed)
+    model = random_model(TINY, seed, device=device)
     sampler = Sampler(temperature)
     drafter = KangarooDrafter(model, PerfectAdapter(model, 1), 1, threshold, sampler)
     for r in generate(model, drafter, [1, 2, 3], 30, sampler=sampler):

@@ -127,13 +127,14 @@ def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
         assert torch.equal(runs[1][1][:short], runs[0][1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20), stale=st.sampled_from([1e4, -1e4, 1e-4]))
 @settings(max_examples=20)
 @example(seed=0, n=20, stale=6e4)  # the largest finite float16
-def test_stale_rows_change_nothing(seed, n, stale):
+def test_stale_rows_change_nothing(device, seed, n, stale):
     """A cache full of large finite garbage gives the bits of one of zeros: a masked row has weight 0, exactly."""
     for dtype in DTYPES:
-        model = random_model(TINY, seed, dtype)
+        model = random_model(TINY, seed, dtype, device=device)
         clean, dirty = (decode(model, NoDrafter(model), [1, 2, 3], n, garbage=g, width=8) for g in (0.0, stale))
         assert_equal_bits(model, [1, 2, 3], clean, dirty)
 

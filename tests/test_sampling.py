@@ -41,12 +41,13 @@ def test_the_coupling_is_lossless_in_law(kind, temperature, top_k, top_p):
     assert kind == "vanilla" or 100 < accepted < n  # both branches of the rule were taken
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 2**40), exit_layer=st.integers(0, 3), steps=st.integers(0, 7), threshold=st.floats(0, 1),
        temperature=st.sampled_from([0.5, 1.0, 2.0]))
 @settings(max_examples=30)
-def test_the_seed_alone_decides(seed, exit_layer, steps, threshold, temperature):
+def test_the_seed_alone_decides(device, seed, exit_layer, steps, threshold, temperature):
     """The same seed gives the same text whatever drafter, γ, η and exit layer; noise by position, never by call."""
-    model, sampler = random_model(), Sampler(temperature, seed=seed)
+    model, sampler = random_model(device=device), Sampler(temperature, seed=seed)
     drafters = (NoDrafter(model), PromptLookupDrafter(model),
                 KangarooDrafter(model, random_adapter(model), exit_layer, threshold, sampler),
                 KangarooDrafter(model, NoisyAdapter(model, exit_layer), exit_layer, threshold, sampler))

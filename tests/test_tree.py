@@ -108,15 +108,16 @@ def test_every_node_has_the_bits_of_its_path(device, dtype, width):
             assert torch.equal(moved.rows[:, :, :, :start + len(path)], alone.rows[:, :, :, :start + len(path)])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(0, 7),
        threshold=st.sampled_from([0.0, 0.05, 0.2]), prompt_length=st.integers(1, 20), exit_layer=st.integers(0, 3),
        candidates=st.sampled_from([2, 4, 10]), nodes=st.integers(1, 31), width=WIDTHS)
 @settings(max_examples=40)
 def test_every_tree_is_that_of_a_fresh_drafter(
-        seed, kind, sampler, steps, threshold, prompt_length, exit_layer, candidates, nodes, width):
+        device, seed, kind, sampler, steps, threshold, prompt_length, exit_layer, candidates, nodes, width):
     """Guards the adapter's cache and the exit states: wrong rows moved, a leaf taken for a node that the adapter has seen."""
     with block(32):
-        model = random_model(TINY, seed, torch.float64)
+        model = random_model(TINY, seed, torch.float64, device=device)
         adapter = {"random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter, "noisy": NoisyAdapter}[kind](
             model, exit_layer)
         checked = CheckedDrafter(
@@ -133,21 +134,23 @@ class ChainDrafter(KangarooDrafter):
         run, tokens, confidence, states = list(ids), [], [], None
         while True:
             fresh = KVCache.zeros(self.model.config, self.depth, len(run), cache.k[0])
-            states = self.model.run_layers(self.model.embed(run), torch.arange(len(run)), fresh, 0, self.depth)
+            positions = torch.arange(len(run), device=fresh.rows.device)
+            states = self.model.run_layers(self.model.embed(run), positions, fresh, 0, self.depth)
             if len(tokens) == n_max or (tokens and confidence[-1] <= self.threshold):
                 cache.rows[:, :self.depth, :, :len(run)] = fresh.rows[:, :, :, :len(run)]
                 return Draft(tokens, states[:, len(ids) - 1:], confidence)
-            logits, sure = self.predict(self.adapter(states, torch.arange(len(run)))[0, -1:])
+            logits, sure = self.predict(self.adapter(states, positions)[0, -1:])
             token = self.sampler.choose(logits, len(run)).item()
             run.append(token), tokens.append(token), confidence.append(sure.item())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), sampler=samplers, steps=st.integers(0, 7), threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
        exit_layer=st.integers(0, 3), width=st.sampled_from([8, 16]))
 @settings(max_examples=25)
-def test_with_one_candidate_the_tree_is_the_chain(seed, sampler, steps, threshold, exit_layer, width):
+def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, threshold, exit_layer, width):
     """K = 1: the same tokens, confidences and stops as a loop that knows no trees."""
-    model = random_model(TINY, seed, torch.float64)
+    model = random_model(TINY, seed, torch.float64, device=device)
     runs = [list(generate(model, cls(model, random_adapter(model), exit_layer, threshold, sampler, width), [1, seed % 40], 25,
                           steps, sampler, width=width)) for cls in (KangarooDrafter, ChainDrafter)]
     for a, b in zip(*runs, strict=True):
@@ -156,12 +159,13 @@ def test_with_one_candidate_the_tree_is_the_chain(seed, sampler, steps, threshol
         assert a.draft.confidence == pytest.approx(b.draft.confidence, rel=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40), exit_layer=st.integers(0, 3), width=WIDTHS,
        candidates=st.integers(1, 10), sampler=st.sampled_from([Sampler(), Sampler(1e-4)]))
 @settings(max_examples=25)
-def test_a_perfect_adapter_gets_full_depth(seed, steps, n, exit_layer, width, candidates, sampler):
+def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, width, candidates, sampler):
     """Sure and right: the tree holds the text γ tokens deep in every round, ⌈N / (γ + 1)⌉ rounds for N tokens."""
-    model = random_model(TINY, seed, torch.float64)
+    model = random_model(TINY, seed, torch.float64, device=device)
     adapter = PerfectAdapter(model, exit_layer, 1 if sampler.temperature else 10_000)  # the same choice, but sure of it
     drafter = KangarooDrafter(model, adapter, exit_layer, 0, sampler, width, candidates)
     with block(128):  # no edge cuts a draft short
@@ -170,35 +174,38 @@ def test_a_perfect_adapter_gets_full_depth(seed, steps, n, exit_layer, width, ca
     assert all(r.accepted == max(r.draft.depth()) for r in rounds)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), sampler=samplers, exit_layer=st.integers(0, 3))
 @settings(max_examples=20)
-def test_a_perfect_adapter_is_right_on_every_level(seed, sampler, exit_layer):
+def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_layer):
     """Unsure but right: a tree with room for all candidates of three levels holds the text, at any temperature. Guards the
     drafter's noise, and states or rows of the adapter that belong to another node."""
-    model = random_model(TINY, seed, torch.float64)
+    model = random_model(TINY, seed, torch.float64, device=device)
     drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler, 16, 2)
     with block(128):
         rounds = list(generate(model, drafter, [seed % 40], 30, 3, sampler, width=16))
     assert all(r.accepted == max(r.draft.depth()) for r in rounds) and len(rounds) == 8
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20), width=WIDTHS)
 @settings(max_examples=15)
-def test_an_adversarial_adapter_costs_a_round_a_token(seed, n, width):
+def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n, width):
     """Trees of what the target likes least: nothing is accepted, and nothing changes."""
-    model = random_model(TINY, seed, torch.float64)
+    model = random_model(TINY, seed, torch.float64, device=device)
     drafter = KangarooDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler(), width, 4)
     rounds = list(generate(model, drafter, [1], n, width=width))
     assert len(rounds) == n and not any(r.accepted for r in rounds)
     assert [r.tokens for r in generate(model, NoDrafter(model), [1], n, width=width)] == [r.tokens for r in rounds]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), threshold=st.sampled_from([0.0, 0.03, 0.1, 0.3]), candidates=st.integers(2, 10),
        nodes=st.integers(1, 15), steps=st.integers(1, 6))
 @settings(max_examples=40)
-def test_a_tree_grows_best_first(seed, threshold, candidates, nodes, steps):
+def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, steps):
     """γ, K, `nodes` and η are kept; a leaf that was left out is no better than any leaf that is in."""
-    model = random_model(TINY, seed)
+    model = random_model(TINY, seed, device=device)
     drafter, offered = KangarooDrafter(model, PerfectAdapter(model, 1, 2), 1, threshold, Sampler(), 16, candidates, nodes), []
     children = drafter.children
     drafter.children = lambda *args: offered[-1].extend(found := children(*args)) or found
