@@ -165,19 +165,25 @@ def uncounted(calls, function):
     return call
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo"])
+@pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo", "tree"])
 def test_host_syncs(kind, monkeypatch):
-    """One a drafted token and one a round: each more costs a GPU its queue."""
-    model = random_model()
+    """One a drafted token (in a tree: one for all open nodes) and one a round: each more costs a GPU its queue."""
+    model, sampler, levels = random_model(), Sampler(0.7, 5, 0.9), []
+    width = 16 if kind == "tree" else 8
     drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter,
-               "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, Sampler(0.7, 5, 0.9))}[kind](model)
+               "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, sampler),
+               "tree": lambda m: KangarooDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3)}[kind](model)
+    if kind in ("kangaroo", "tree"):
+        children = drafter.children
+        drafter.children = lambda *args: levels.append(1) or children(*args)
     syncs = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *args, original=original: (syncs.append(original), original(*args))[1])
-    rounds = list(generate(model, drafter, [1, 2, 3, 2, 3, 1, 2], 30, sampler=Sampler(0.7, 5, 0.9)))
-    expected = len(rounds) + (sum(len(r.draft.tokens) for r in rounds) if kind == "kangaroo" else 0)
-    assert len(syncs) == expected
+    rounds = list(generate(model, drafter, [1, 2, 3, 2, 3, 1, 2], 30, sampler=Sampler(0.7, 5, 0.9), width=width))
+    assert len(syncs) == len(rounds) + len(levels)
+    assert kind != "kangaroo" or len(levels) == sum(len(r.draft.tokens) for r in rounds)
+    assert kind != "tree" or len(levels) < sum(len(r.draft.tokens) for r in rounds)
 
 
 def test_prompt_lookup_proposes_what_came_last_after_the_same_words():

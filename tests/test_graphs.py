@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama
-from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, Graphs, direct_recorder, fuse_pointwise, graph_drafter
+from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, Graphs, direct_recorder, exact_kernels, fuse_pointwise, graph_drafter
 from kangaroo import Decoder, KangarooDrafter, NoDrafter, PromptLookupDrafter, generate, parse_arguments
 from llama import KVCache, Sampler, one_shape
 
@@ -245,6 +245,15 @@ def test_no_copy_from_pageable_memory(width, candidates):
         rounds = list(generate(model, drafter, [1, 2, 3], 30, 5, Sampler(0.7, 5, 0.9), width=width))
     assert all(way == ("to", {"non_blocking": True}) for way in ways) and ways
     assert any(r.path != list(range(1, 1 + len(r.path))) for r in rounds) == (candidates > 1)  # `keep` had something to move
+
+
+def test_tf32_is_off_unless_asked_for():
+    """And no sum is rounded to the dtype of its result while its parts are added."""
+    matmul = torch.backends.cuda.matmul
+    for asked in (True, False):
+        exact_kernels(tf32=asked)
+        assert torch.get_float32_matmul_precision() == ("high" if asked else "highest")
+        assert not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_fp16_reduced_precision_reduction
 
 
 @pytest.mark.parametrize("more", [[], ["--temperature", "0.8", "--seed", "3"], ["--tree", "--top-candidates", "3"]],
