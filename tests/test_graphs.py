@@ -21,7 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama
-from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, Graphs, direct_recorder, exact_kernels, fuse_pointwise, graph_drafter
+from graphs import (
+    CudaRecorder,
+    GraphedAdapter,
+    GraphedLlama,
+    Graphs,
+    direct_recorder,
+    exact_kernels,
+    fuse_pointwise,
+    graph_drafter,
+)
 from kangaroo import Decoder, KangarooDrafter, NoDrafter, PromptLookupDrafter, generate, parse_arguments
 from llama import KVCache, Sampler, one_shape
 
