@@ -37,7 +37,7 @@ class UserError(Exception):
 
 def to_device(data, device):
     """A list or a CPU tensor as a tensor on `device`. Pinned memory lets the host go on; else it may wait for the whole queue."""
-    data = torch.as_tensor(data)
+    data = data if torch.is_tensor(data) else torch.tensor(data)
     return (data.pin_memory() if device.type == "cuda" else data).to(device, non_blocking=True)
 
 
