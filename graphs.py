@@ -177,9 +177,9 @@ class GraphedLlama:
             return self.model.logits(x)
         return self.graphs.run(("logits", tuple(x.shape)), lambda x: (self.model.logits(x),), x)[0]
 
-    def describe(self, shortest, longest):
-        """In words, for texts that grow from `shortest` to `longest` positions."""
-        first, last = (-(-n // KVCache.BLOCK) * KVCache.BLOCK for n in (shortest, longest))
+    def describe(self, first, last):
+        """In words, for steps that start at positions `first` … `last`."""
+        first, last = (-(-(start + max(self.widths)) // KVCache.BLOCK) * KVCache.BLOCK for start in (first, last))
         views = f"{first}" if first == last else f"{first}, {first + KVCache.BLOCK} … {last}"
         return f"CUDA graphs for views of {views} positions, recorded at first use"
 

@@ -594,7 +594,7 @@ class Decoder:
         if self.graphs:
             ends = [min(len(ids) + self.args.max_new_tokens, self.model.config.max_position_embeddings) for ids in prompts]
             self.model.room = max(ends) + 2 * self.args.width
-            self.settings += " · " + self.model.describe(min(map(len, prompts)), max(ends) + self.args.width)
+            self.settings += " · " + self.model.describe(min(map(len, prompts)) - 1, max(ends) - 2)
 
     def rounds(self, ids, drafter, max_new_tokens=None):
         """Decode ids with the drafter so named; yields (Round, seconds that it took)."""
