@@ -156,7 +156,6 @@ class Bench:
     def table(self, name, context, n, bandwidth):
         """Print one row of figures and the speedups under controlled acceptance; returns what the goals ask of it."""
         model, repeats, config = self.plain[0], self.args.repeats, self.plain[0].config
-        context = min(context, config.max_position_embeddings - n)
         source = random.Random(context)
         prompt = [source.randrange(config.vocab_size) for _ in range(context)]
         self.graphed[0].room = context + n + 2 * WIDTH
@@ -253,13 +252,14 @@ def questions(args, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", help="of 1B, 7B, 13B (default: all; without a name: none)")
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, help="of 1B, 7B, 13B (default: all; without a name: none)")
     parser.add_argument("--model", help="a model folder to measure too")
     parser.add_argument("--adapter", help="its adapter's folder (default: the folder `adapter` in it)")
     parser.add_argument("--questions", help="Spec-Bench's JSONL")
     parser.add_argument("--answers", type=int, default=40, help="so many of its questions, spread over the file")
     parser.add_argument("--new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=7, help="begin no further table after so many")
     parser.add_argument("--compile", action="store_true", help="fuse pointwise operations with torch.compile")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU, to test this file")
     parser.set_defaults(device=None, dtype=None, tf32=False)
@@ -276,7 +276,7 @@ def main(argv=None):
     if args.compile:
         fuse_pointwise()
     shapes, contexts, n, copied = (TINY_SHAPES, (16, 40), 10, 2 ** 20) if args.tiny else (SHAPES, (512, 4096), 128, 2 ** 31)
-    shapes = {name: shapes[name] for name in (shapes if args.shapes is None else args.shapes)}
+    shapes = {name: shape for name, shape in shapes.items() if args.shapes is None or name in args.shapes}
     bandwidth = copy_bandwidth(device, copied)
     free_memory(device)
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else processor()} · torch {torch.__version__} · CUDA "
@@ -289,12 +289,15 @@ def main(argv=None):
         weights = sum(p.numel() for p in model.parameters()) / 1e9
         print(f"\n{title}: exit layer {exit_layer} of {len(model.layers)}, {weights:.2f}e9 weights; rows of a step are alike: "
               f"{rows_are_alike(model, WIDTH)}", flush=True)
-        for context in contexts:
+        for context in sorted({min(context, model.config.max_position_embeddings - n) for context in contexts}):
+            if time.perf_counter() - begin > 60 * args.minutes:
+                print(f"context {context:5}: left out after {args.minutes:g} minutes")
+                continue
             result = bench.table(kind, context, n, bandwidth)
             found = found or result  # the goals are for the shorter context
         bench.print_memory()
         sys.stdout.flush()
-        return found
+        return found or None
 
     goals = {}
     for name, (config, exit_layer) in shapes.items():
@@ -309,12 +312,13 @@ def main(argv=None):
         goals[str(folder)] = report(Path(folder).name, "shipped", model, adapter, exit_layer)
         del model, adapter
         free_memory(device)
+    goals = {name: found for name, found in goals.items() if found}
     all_same = all(found["same"] for found in goals.values())
     if args.questions:
         print()
         all_same = questions(args, device) and all_same
     seven = goals.get("7B" if not args.tiny else "tiny")
-    print(f"\ngoals ({'7B, ' if not args.tiny else ''}the shorter context)")
+    print(f"\ngoals on an H100 ({'7B, ' if not args.tiny else ''}the shorter context)")
     if seven:
         for goal, value, fits in (
                 ("vanilla at width 1: share of measured copy bandwidth >= 0.80", seven["share"], seven["share"] >= 0.80),
