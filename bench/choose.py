@@ -60,7 +60,7 @@ def drafts_everywhere(model, drafter, ids, output):
     drafts = []
     for i in range(len(output)):
         n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, WIDTH))
-        drafter.last, drafter.seen = None, len(ids) + i - 1  # what it drafted before is not what was committed
+        drafter.last = None  # what it drafted before is not what was committed
         draft = drafter.draft(ids + output[:i], n_max, cache)
         drafts.append((draft.tokens, draft.confidence))
     return drafts

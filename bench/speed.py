@@ -114,7 +114,7 @@ def print_parts(model, drafting, width, steps, prompts, args):
 
         object.__setattr__(owner, name, timed)
 
-    watch(model, "run_layers", lambda *_, first=None, last=None: "draft: layers" if depth in (last, *_[-1:]) else "verify: layers")
+    watch(model, "run_layers", lambda *arguments: "draft: layers" if arguments[-1] == depth else "verify: layers")
     watch(model, "logits", lambda *_: "verify: LM head")
     watch(adapter, "forward", lambda *_: "draft: adapter")
     watch(adapter.head or model.lm_head, "forward", lambda *_: "draft: LM head")
