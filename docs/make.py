@@ -2,9 +2,13 @@
 
     python docs/make.py
 
-Writes docs/example.html, docs/example.png (needs Chromium or Chrome; without one the old picture stays) and the part of
-docs/algorithm.md between the two `example` comments. All of it comes from one decode of the default model.
+Writes docs/example.html, docs/example.png (needs Chromium or Chrome; without one the old picture stays) and the parts of
+docs/algorithm.md between the `example` and the `tree` comments. All of it comes from two decodes of the default model, the
+second with --tree.
 """
+import contextlib
+import io
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +20,8 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 import kangaroo  # noqa: E402
 import replay  # noqa: E402
-from llama import write_atomically  # noqa: E402
+from llama import LlamaConfig, write_atomically  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 PROMPT = "Once upon a time"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
@@ -108,12 +113,49 @@ def example(data, r):
         f"{s['vanilla_layer_passes']:,}."])
 
 
-def insert(path, text):
-    """Put text between the two `example` comments of a Markdown file."""
+def drawn(tree, texts, node=0):
+    """The lines of a tree from `node` down, the first child beside its parent, the others below; ✓ for accepted nodes."""
+    label = f"{node} {show(texts[node])[1:-1]}"
+    if node:
+        label += f" {tree['confidence'][node - 1]:.2f}" + " ✓" * (node in tree["accepted"])
+    blocks = [drawn(tree, texts, child) for child, parent in enumerate(tree["parents"], 1) if parent == node]
+    lines = []
+    for i, block in enumerate(blocks):
+        last = i == len(blocks) - 1
+        first = label + (" ── " if last else " ┬─ ") if i == 0 else " " * len(label) + (" └─ " if last else " ├─ ")
+        rest = " " * len(label) + ("    " if last else " │  ")
+        lines += [first + block[0], *(rest + line for line in block[1:])]
+    return lines or [label]
+
+
+def tree_example():
+    """The round of a decode with --tree whose accepted path leaves the drafter's first choices most often, drawn."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        kangaroo.main(["--prompt", PROMPT, "--device", "cpu", "--tree", "--json"])
+    trees = json.loads(output.getvalue())["trees"]
+
+    def second_choices(tree):
+        return sum(node > tree["parents"].index(tree["parents"][node - 1]) + 1 for node in tree["accepted"])
+
+    r = max(range(len(trees)), key=lambda r: (second_choices(trees[r]), len(trees[r]["accepted"])))
+    tree, folder = trees[r], kangaroo.DEFAULT_MODEL
+    tokenizer = Tokenizer(folder, LlamaConfig.load(folder))
+    before = tokenizer.encode("a")  # so that a token shows the blank it begins with
+    head = len(tokenizer.decode(before))
+    texts = ["last committed", *(tokenizer.decode([*before, token])[head:] for token in tree["tokens"])]
+    return "\n".join([
+        f"Round {r + 1} of `python kangaroo.py --prompt \"{PROMPT}\" --tree`: {len(tree['tokens'])} drafted nodes, numbered in the "
+        "order in which they ran, with the drafter's probability of each; ✓ is the accepted path.", "",
+        "```", *drawn(tree, texts), "```"])
+
+
+def insert(path, name, text):
+    """Put text between the two comments `name` of a Markdown file."""
     old = path.read_text(encoding="utf-8")
-    between = re.compile(r"(<!-- example.*?-->\n).*?(<!-- /example -->)", re.DOTALL)
+    between = re.compile(rf"(<!-- {name}.*?-->\n).*?(<!-- /{name} -->)", re.DOTALL)
     new, count = between.subn(lambda found: found[1] + text + "\n" + found[2], old)
-    assert count == 1, f"{path} wants one pair of example comments"
+    assert count == 1, f"{path} wants one pair of {name} comments"
     write_atomically(path, new.encode())
 
 
@@ -121,4 +163,5 @@ if __name__ == "__main__":
     data, page = recorded()
     r = most_telling(data["rounds"])
     picture(page, r, DOCS / "example.png")
-    insert(DOCS / "algorithm.md", example(data, r))
+    insert(DOCS / "algorithm.md", "example", example(data, r))
+    insert(DOCS / "algorithm.md", "tree", tree_example())
