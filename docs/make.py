@@ -145,8 +145,8 @@ def tree_example():
     head = len(tokenizer.decode(before))
     texts = ["last committed", *(tokenizer.decode([*before, token])[head:] for token in tree["tokens"])]
     return "\n".join([
-        f"Round {r + 1} of `python kangaroo.py --prompt \"{PROMPT}\" --tree`: {len(tree['tokens'])} drafted nodes, numbered in the "
-        "order in which they ran, with the drafter's probability of each; ✓ is the accepted path.", "",
+        f"Round {r + 1} of `python kangaroo.py --prompt \"{PROMPT}\" --tree`: {len(tree['tokens'])} drafted nodes, numbered in "
+        "the order in which they ran, with the drafter's probability of each; ✓ is the accepted path.", "",
         "```", *drawn(tree, texts), "```"])
 
 
