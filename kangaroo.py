@@ -581,8 +581,9 @@ class Decoder:
         self.graphs, self.model = True, GraphedLlama(self.model, (self.args.width,), record)
         self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
 
-    def encode(self, prompt):
-        text = render_chat(self.template, [prompt])
+    def encode(self, *turns):
+        """Turns of user, assistant, user, … (usually one) -> the ids that decoding starts from."""
+        text = render_chat(self.template, turns)
         ids, context = self.tokenizer.encode(text), self.model.config.max_position_embeddings
         if not 0 < len(ids) < context:
             raise UserError(f"the prompt has {len(ids)} tokens, it must have from 1 to {context - 1} "

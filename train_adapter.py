@@ -214,10 +214,19 @@ class Target:
         ids, learn = ids.to(device), learn.to(device)
         positions = torch.arange(ids.shape[1], device=device)
         x = model.run_layers(model.embed_tokens(ids), positions, None, 0, self.exit_layer)
-        y = model.norm(model.run_layers(x, positions, None, self.exit_layer, len(model.layers))[learn])
+        return x, learn, *self.final(model.run_layers(x, positions, None, self.exit_layer, len(model.layers))[learn])
+
+    @torch.no_grad()
+    def final(self, y):
+        """The last layer's output (n, d) -> the final states and what the target says there, as `states` returns them."""
+        y = self.model.norm(y)
         whole = [(logits.float().logsumexp(-1), logits.max(-1).indices)
-                 for logits in map(model.lm_head, y.split(self.CHUNK))]
-        return x, learn, y, torch.cat([a for a, _ in whole]), torch.cat([b for _, b in whole])
+                 for logits in map(self.model.lm_head, y.split(self.CHUNK))]
+        return y, torch.cat([a for a, _ in whole]), torch.cat([b for _, b in whole])
+
+    def draft_logits(self, x):
+        """What the adapter's output (n, d) says."""
+        return F.linear(x.to(self.head.dtype), self.head)
 
     def loss(self, adapter, states, kind, scale=None, autocast=torch.bfloat16):
         """Sums over the batch: loss, acceptance Σ min(p, q), agreement of the top-1 tokens, number of tokens.
@@ -235,7 +244,7 @@ class Target:
             sums = torch.zeros(4, dtype=torch.float64, device=x.device)
             for part, final, log_sum, token in zip(*(t.split(self.CHUNK) for t in (leaf, y, whole, best))):
                 p = (F.linear(final, self.head).float() - log_sum[:, None]).exp()
-                log_q = F.linear(part.to(self.head.dtype), self.head).float().log_softmax(-1)
+                log_q = self.draft_logits(part).float().log_softmax(-1)
                 acceptance = torch.minimum(p, log_q.exp()).sum(-1)
                 loss = {"cross-entropy": -(p * log_q).sum(-1), "acceptance": -acceptance.clamp(min=1e-6).log()}[kind].sum()
                 if scale is not None:
@@ -322,9 +331,9 @@ def grouped(items, size):
     return [items[i:i + size] for i in range(0, len(items) - size + 1, size)]
 
 
-def new_adapter(architecture, model):
+def new_adapter(cls, model):
     """An adapter in float32 that begins as the target's final norm alone: its residual branches start at zero."""
-    adapter = ADAPTERS[architecture](replace(model.config, num_hidden_layers=1))
+    adapter = cls(replace(model.config, num_hidden_layers=1))
     for name, weight in named_weights(adapter).items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.zero_()
@@ -337,7 +346,7 @@ def new_adapter(architecture, model):
 def first_adapter(args, model):
     """What training begins from, in float32: a new adapter, or the one in --init with its architecture."""
     if args.init is None:
-        return new_adapter(args.architecture, model)
+        return new_adapter(ADAPTERS[args.architecture], model)
     adapter, facts = load_adapter(args.init, model, args.exit_layer)
     args.architecture = facts.get("architecture", "attention")
     adapter.head = adapter.vocabulary = None  # --vocabulary chooses again

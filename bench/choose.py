@@ -67,15 +67,30 @@ def drafts_everywhere(model, drafter, ids, output):
 
 
 def walk(drafts, output, left, steps, threshold):
-    """(tokens, rounds, tokens drafted) that γ = steps and η = threshold come to; `left` tokens may be made in all."""
-    done = rounds = drafted = 0
+    """[(tokens drafted, tokens accepted)] of the rounds that γ = steps and η = threshold come to; `left`: the most tokens."""
+    rounds, done = [], 0
     while done < len(output):
         tokens, confidence = drafts[done]
         n = min(steps, left - done - 1, len(tokens))
         n = next((k + 1 for k in range(n) if confidence[k] <= threshold), n)
         accepted = next((k for k in range(n) if done + k >= len(output) or tokens[k] != output[done + k]), n)
-        rounds, drafted, done = rounds + 1, drafted + n, min(done + accepted + 1, len(output))
-    return done, rounds, drafted
+        rounds.append((n, accepted))
+        done += accepted + 1
+    return rounds
+
+
+def counted(output, rounds):
+    """(tokens, rounds, tokens drafted)"""
+    return len(output), len(rounds), sum(drafted for drafted, _ in rounds)
+
+
+def reckoned(counts, step, draft, verify):
+    """The speedup that (tokens, rounds, tokens drafted) come to with these seconds of a vanilla step and so on.
+
+    A round runs the shallow layers once more than it drafts; `draft` is the mean over these.
+    """
+    tokens, rounds, drafted = counts
+    return tokens * step / (rounds * (verify + draft) + drafted * draft)
 
 
 def main():
@@ -99,8 +114,8 @@ def main():
     for module in (adapter, model):
         pack(module, args.width)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
-    prompts = [tokenizer.encode(render_chat(template, [text]))[-args.longest:] for _, text in
-               pick(args.prompts, args.each, args.skip)]
+    prompts = [tokenizer.encode(render_chat(template, question.turns[:1]))[-args.longest:]
+               for question in pick(args.prompts, args.each, args.skip)]
     sampler = Sampler(args.temperature, seed=2)
     all_candidates, all_steps, thresholds = (CANDIDATES, TREE_STEPS, TREE_THRESHOLDS) if args.tree else ((1,), STEPS, THRESHOLDS)
     grid = [(c, s, t) for c in all_candidates for s in all_steps for t in thresholds]
@@ -121,7 +136,7 @@ def main():
         else:
             drafter = KangarooDrafter(model, adapter, facts["exit_layer"], 0.0, sampler)
             drafts = drafts_everywhere(model, drafter, ids, output)
-            found = {setting: walk(drafts, output, args.new_tokens, *setting[1:]) for setting in grid}
+            found = {setting: counted(output, walk(drafts, output, args.new_tokens, *setting[1:])) for setting in grid}
             setting = grid[13 * i % len(grid)]
             assert found[setting] == real(ids, *setting), (setting, found[setting])
         counts = {setting: [a + b for a, b in zip(counts[setting], found[setting])] for setting in grid}
@@ -131,9 +146,7 @@ def main():
     print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature {args.temperature:g}, exit layer "
           f"{facts['exit_layer']}, width {args.width}; ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, "
           f"verification {verify * 1e3:.2f}")
-    # A round runs the shallow layers once more than it drafts; `draft` is the mean over these.
-    speedup = {setting: tokens * step / (rounds * (verify + draft) + drafted * draft)
-               for setting, (tokens, rounds, drafted) in counts.items()}
+    speedup = {setting: reckoned(total, step, draft, verify) for setting, total in counts.items()}
     print("speedup (compression rate)")
     for c in all_candidates:
         print(f"{f'K {c}' if args.tree else '':4}{'γ':>4}" + "".join(f"{f'η {threshold}':>14}" for threshold in thresholds))

@@ -224,7 +224,7 @@ def load(folder, adapter, device, dtype):
 def questions(args, device):
     """The second command's last part: how many answers are identical, and whether Kangaroo is faster, by dtype and sampling."""
     tokenizer, (_, template) = Tokenizer(args.model, LlamaConfig.load(args.model)), find_chat_template(args.model)
-    prompts = [text for _, text in pick(args.questions, 10 ** 9, 0)]
+    prompts = [question.turns[0] for question in pick(args.questions, 10 ** 9, 0)]
     prompts = prompts[::max(1, len(prompts) // args.answers)][:args.answers]  # spread over the file
     prompts, all_same = [tokenizer.encode(render_chat(template, [text]))[-1024:] for text in prompts], True
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

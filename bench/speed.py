@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -86,16 +87,22 @@ def ours(model, prompt, n, width, adapter=None, exit_layer=None):
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
+class Question(NamedTuple):
+    line: int  # of the file
+    category: str  # Spec-Bench's subtask; "prompts" in other files
+    turns: list  # what the user says, turn by turn
+
+
 def pick(path, each, skip):
-    """[(category, prompt)]: `each` prompts of each category (Spec-Bench's; others: one category), after the first `skip`."""
-    taken, seen = [], {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """[Question]: `each` of each category, after the first `skip`, of a file of prompts or of Spec-Bench's questions."""
+    taken, seen = [], Counter()
+    for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         entry = json.loads(line) if line.startswith("{") else {"prompt": line}
         category = entry.get("category", "prompts")
         category = "mt_bench" if category in MT_BENCH else category
-        seen[category] = seen.get(category, 0) + 1
+        seen[category] += 1
         if skip < seen[category] <= skip + each:
-            taken.append((category, entry.get("prompt") or entry["turns"][0]))
+            taken.append(Question(i, category, entry.get("turns") or [entry["prompt"]]))
     return taken
 
 
@@ -177,9 +184,8 @@ def many_prompts(args, load):
                 "drafted": sum(len(r.draft.tokens) for r in rounds), "accepted": sum(r.accepted for r in rounds),
                 "levels": sum(max(r.draft.depth()) for r in rounds)}
 
-    prompts = [(category, tokenizer.encode(render_chat(template, [text]))) for category, text in
-               pick(args.prompts, args.each, args.skip)]
-    prompts = [(category, ids[-args.longest:]) for category, ids in prompts]
+    prompts = [(question.category, tokenizer.encode(render_chat(template, question.turns[:1]))[-args.longest:])
+               for question in pick(args.prompts, args.each, args.skip)]
     for method in methods.values():
         decode(prompts[0][1][:40], *method)  # the first pass over a shape compiles kernels
     runs = []
