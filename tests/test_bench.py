@@ -91,6 +91,6 @@ def test_ablations_train_and_measure_each_kind_of_variant(questions, tmp_path):
         drafted, accepted = (found["by_position"][what] for what in ("drafted", "accepted"))
         assert all(a >= b for counts in (drafted, accepted) for a, b in zip(counts, counts[1:]))
         judged = [count for by in found["confidence"].values() for bins in by.values() for count in bins]
-        assert sum(judged) == 2 * 7  # of two prompts; nothing is drafted for the last token
+        assert sum(judged) == 2 * 8  # tokens of two answers
     ablations.main(argv)
     assert json.loads(out.read_text())["variants"] == first  # with the seconds of then
