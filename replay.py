@@ -85,6 +85,7 @@ class Recorder:
         """How one token reads after the others: its text, or its number if it ends within a character or has no text."""
         before = before[-8:]
         head, text = self.decoder.tokenizer.decode(before), self.decoder.tokenizer.decode([*before, token])
+        head = head.rstrip("\ufffd")  # what a token before has begun, this one may complete
         text = text[len(head):] if text.startswith(head) else ""
         return "‹end›" if token in self.decoder.model.config.eos_token_ids else text.replace("\ufffd", "") or f"‹{token}›"
 
