@@ -459,7 +459,6 @@ def parse_arguments(argv):
             (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
             (args.trace is None or Path(args.trace).parent.is_dir() and not Path(args.trace).is_dir(),
              f"--trace {args.trace}: must be a file, in a folder that exists"),
-            (args.trace is None or not args.tree, f"--trace {args.trace}: replays a chain, leave out --tree"),
             (args.width > 1 or args.drafter == "none", "--width 1: has no room for a draft, give --drafter none too"),
             (args.drafter == "kangaroo" or not args.tree, f"--tree: --drafter {args.drafter} drafts no tree, only kangaroo does"),
             (args.width > CHAIN_WIDTH or not args.tree, f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),

@@ -2,8 +2,8 @@
 
     Decoder.decode -> Recorder: rounds, texts, every run of a layer -> JSON -> into replay.html, one file without network
 
-Left out on purpose: all that is shown. The page itself, its styles and its script are `replay.html`, which can be read on
-its own; the comment at the top of its script describes the JSON.
+A draft is recorded as a tree; a chain is one. Left out on purpose: all that is shown. The page itself, its styles and its
+script are `replay.html`, which can be read on its own; the comment at the top of its script describes the JSON.
 """
 import json
 from functools import partial
@@ -22,8 +22,9 @@ class Recorder:
         self.decoder, self.prompt, self.ids, self.prompt_length = decoder, prompt, list(ids), len(ids)
         self.end = min(len(ids) + decoder.args.max_new_tokens, decoder.model.config.max_position_embeddings)
         self.rounds, self.texts = [], []
-        # Of this round, a list up to each use of the LM head: of [first layer, last + 1, position] and ["adapter", position].
-        self.passes = [[]]
+        # Of this round, a list up to each use of the LM head: of [first layer, last + 1, slot] and ["adapter", slot]. A slot is
+        # the cache row of a pass's first node: position of the last committed token + node. And how many rows the LM head read.
+        self.passes, self.read = [[]], []
 
     def decode(self, show):
         """What `Decoder.decode` does and returns."""
@@ -43,48 +44,62 @@ class Recorder:
                 hook.remove()
 
     def saw_layer(self, i, _, args):
-        position, runs = int(args[1].slots[0]), self.passes[-1]
-        if position < self.prompt_length - 1:
+        slot, runs = int(args[1].slots[0]), self.passes[-1]
+        if slot < self.prompt_length - 1:
             return  # prefill
-        if runs and runs[-1][1:] == [i, position]:
+        if runs and runs[-1][1:] == [i, slot]:
             runs[-1][1] = i + 1  # the next layer of the same pass
         else:
-            runs.append([i, i + 1, position])
+            runs.append([i, i + 1, slot])
 
     def saw_adapter(self, _, args):
-        position = int(args[1][0])
-        if position >= self.prompt_length - 1:
-            self.passes[-1].append(["adapter", position])
+        _, positions, cache = args
+        slot = int((positions if cache.slots is None else cache.slots)[0])
+        if slot >= self.prompt_length - 1:
+            self.passes[-1].append(["adapter", slot])
 
-    def saw_head(self, *_):
+    def saw_head(self, _, args):
         self.passes.append([])
+        self.read.append(args[0].shape[-2])
 
     def saw_round(self, round_):
-        drafted, sure, decoder = round_.draft.tokens, round_.draft.confidence, self.decoder
-        before = len(self.ids)
         self.rounds.append({
-            "position": before - 1, "input": self.label(self.ids[:-1], self.ids[-1]),
-            "drafted": [{"id": token, "label": self.label(self.ids + drafted[:i], token),
-                         "confidence": round(sure[i], 6) if sure else None} for i, token in enumerate(drafted)],
-            "stopped": self.why_stopped(len(drafted), sure), "accepted": round_.accepted,
+            "position": len(self.ids) - 1, "input": self.label(self.ids[:-1], self.ids[-1]),
+            "drafted": self.nodes(round_.draft), "stopped": self.why_stopped(round_.draft),
+            "accepted": round_.accepted, "path": round_.path,
             "committed": [{"id": token, "label": self.label(self.ids + round_.tokens[:i], token),
-                           "end": token in decoder.model.config.eos_token_ids} for i, token in enumerate(round_.tokens)],
+                           "end": token in self.decoder.model.config.eos_token_ids} for i, token in enumerate(round_.tokens)],
             "passes": self.passes[:-1]})
         self.ids += round_.tokens
-        self.passes = [[]]
+        self.passes, self.read = [[]], []
 
-    def why_stopped(self, n, sure):
-        """What ended a draft of n tokens, in the order in which `KangarooDrafter.draft` and `generate` ask."""
+    def nodes(self, draft):
+        """The drafted tokens, each with the number of its parent and of the draft step that chose it."""
+        # What the LM head reads in a step, the step before has chosen. The verification, all rows, comes last.
+        step = [max(k - 1, 0) for k, rows in enumerate(self.read) for _ in range(rows)]
+        nodes, paths = [], [self.ids]  # the ids up to each node
+        for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents)):
+            nodes.append({"id": token, "label": self.label(paths[parent], token), "parent": parent, "step": step[i + 1],
+                          "confidence": draft.confidence[i] if draft.confidence else None})
+            paths.append([*paths[parent], token])
+        return nodes
+
+    def why_stopped(self, draft):
+        """What ended a draft, None if there was no more to propose. `KangarooDrafter.draft` goes on while it finds a node that
+        is sure and less deep than the limits of `generate`: so a sure node at a limit, or unsure ones alone, or no more room.
+        """
         room = room_for_draft(len(self.ids) - 1, self.decoder.args.width)
         limits = {"full": self.decoder.steps, "edge": room, "end": self.end - len(self.ids) - 1}
-        if sure and sure[-1] <= self.decoder.threshold:
-            return "unsure"
-        return next((name for name, limit in limits.items() if n == limit), None)
+        unsure = [p <= self.decoder.threshold for p in draft.confidence] or [False] * len(draft.tokens)
+        deepest = max(depth for depth, stop in zip(draft.depth(), [False, *unsure]) if not stop)
+        limit = next((name for name, limit in limits.items() if limit == deepest), None)
+        return limit or ("unsure" if any(unsure[-1:]) else "nodes" if draft.confidence else None)
 
     def label(self, before, token):
         """How one token reads after the others: its text, or its number if it ends within a character or has no text."""
         before = before[-8:]
         head, text = self.decoder.tokenizer.decode(before), self.decoder.tokenizer.decode([*before, token])
+        head = head.rstrip("\ufffd")  # what a token before has begun, this one may complete
         text = text[len(head):] if text.startswith(head) else ""
         return "‹end›" if token in self.decoder.model.config.eos_token_ids else text.replace("\ufffd", "") or f"‹{token}›"
 
@@ -108,7 +123,7 @@ class Recorder:
 
 
 def layer_passes(run):
-    """How many layers a recorded run went through; the adapter, which is one layer at most, counts as one."""
+    """How many layers a recorded run went through, with however many rows; the adapter, one layer at most, counts as one."""
     return 1 if run[0] == "adapter" else run[1] - run[0]
 
 

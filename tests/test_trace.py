@@ -60,7 +60,20 @@ RUNS = {
     "exit layer 0": [*CONFIDENT, "--exit-layer", 0, "--threshold", 0],
     "lookup": ["--drafter", "lookup"], "vanilla": ["--drafter", "none"], "γ 0": ["--steps", 0],
     "chat": ["--chat", "vicuna", *CONFIDENT], "compared": [*CONFIDENT, "--compare"],
+    "tree": ["--tree", *CONFIDENT, "--threshold", 0, "--top-candidates", 2],
+    "tree, unsure": ["--tree", *CONFIDENT, "--threshold", 0.005, "--top-candidates", 2],
+    "tree, greedy": ["--tree", "--threshold", 0.01],
+    "tree, exit layer 0": ["--tree", *CONFIDENT, "--threshold", 0, "--exit-layer", 0],
+    "tree of one path": ["--tree", *CONFIDENT, "--threshold", 0, "--top-candidates", 1, "--nodes", 3],
 }
+
+
+def depths(round_):
+    """How deep the nodes of a recorded round are, the root first."""
+    depth = [0]
+    for node in round_["drafted"]:
+        depth.append(depth[node["parent"]] + 1)
+    return depth
 
 
 @pytest.mark.parametrize("args", RUNS.values(), ids=RUNS)
@@ -77,22 +90,52 @@ def test_the_data_is_the_run(run, args):
         "vanilla_layer_passes": N * len(result["ids"])}
     start, passes = data["prompt_tokens"] - 1, 0
     for r in rounds:
-        n = len(r["drafted"])
-        assert r["position"] == start
+        assert r["position"] == start and r["accepted"] == len(r["path"])
         if data["drafter"] == "kangaroo":
-            runs = [run for group in r["passes"] for run in group]
-            assert len(r["passes"]) == n + 1
+            runs, steps = [run for group in r["passes"] for run in group], [node["step"] for node in r["drafted"]]
+            n = len(set(steps))  # a chain has a node a step
+            firsts = [start + 1 + steps.index(step) for step in range(n)]
+            assert steps == sorted(steps) and len(r["passes"]) == n + 1
             seen = [run[1] for run in runs if run[0] == "adapter"]  # the first may catch up
-            assert len(seen) == n and seen[1:] == list(range(start + 1, start + n))
+            assert len(seen) == n and seen[1:] == firsts[:-1]
             assert sum(run[1] - run[0] for run in runs if run[0] != "adapter" and run[2] == start) == N
-            assert [run for run in runs if run[0] != "adapter" and run[2] > start] == [
-                [0, L, p] for p in range(start + 1, start + n + 1) if L]
+            assert [run for run in runs if run[0] != "adapter" and run[2] > start] == [[0, L, slot] for slot in firsts if L]
             passes += L * (n + 1) + N - L + n
         else:
             assert r["passes"] == [[[0, N, start]]]
             passes += N
         start += len(r["committed"])
     assert data["summary"]["layer_passes"] == passes
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("tree")])
+def test_the_tree_is_the_run(run, name):
+    """Nodes, parents, confidences and path are those of --json. A node is chosen after its parent; siblings differ."""
+    data, result, _ = run(*RUNS[name])
+    assert result["trees"] == [{
+        "tokens": [node["id"] for node in r["drafted"]], "parents": [node["parent"] for node in r["drafted"]],
+        "confidence": [node["confidence"] for node in r["drafted"]], "accepted": r["path"]} for r in data["rounds"]]
+    for r in data["rounds"]:
+        drafted, path = r["drafted"], r["path"]
+        assert all(node["step"] > ([-1] + [node["step"] for node in drafted])[node["parent"]] for node in drafted)
+        assert [drafted[i - 1]["parent"] for i in path] == [0, *path][:-1]
+        assert [(drafted[i - 1]["id"], drafted[i - 1]["label"]) for i in path] == [
+            (token["id"], token["label"]) for token in r["committed"][:len(path)]]
+        assert len({(node["parent"], node["id"]) for node in drafted}) == len(drafted)
+    forks = any(depths(r) != list(range(len(r["drafted"]) + 1)) for r in data["rounds"])
+    assert forks == (name != "tree of one path")
+    if name in ("tree", "tree, unsure"):
+        assert any(r["path"] != list(range(1, r["accepted"] + 1)) for r in data["rounds"])  # not first choices alone
+
+
+def test_a_label_is_read_along_the_path(model):
+    """Guards against a label read after the node before: a byte completes the character that its own path has begun."""
+    decoder = kangaroo.Decoder(kangaroo.parse_arguments(["--model", str(model), "--tree", "--prompt", "a", "--device", "cpu"]))
+    recorder = replay.Recorder(decoder, "a", decoder.encode("a"))
+    tokens = [3 + byte for byte in (0xE2, 0xC4, 0x82, 0xA9, 0xAC)]  # the 256 bytes follow 3 special tokens
+    recorder.read = [1, 2, 2, 16]
+    labels = [node["label"] for node in recorder.nodes(kangaroo.Draft(tokens, None, [0.5] * 5, [0, 0, 1, 2, 3]))]
+    assert labels == [f"‹{tokens[0]}›", f"‹{tokens[1]}›", f"‹{tokens[2]}›", "ĩ", "€"]
 
 
 def test_why_a_draft_stopped(run):
@@ -106,6 +149,28 @@ def test_why_a_draft_stopped(run):
             assert r["stopped"] != "full" or len(unsure) == data["steps"]
             reasons.add(r["stopped"])
     assert reasons == {"unsure", "full", "edge", "end"}
+
+
+def test_why_a_tree_stopped(run):
+    """Only the nodes of the last step can be unsure or as deep as can be; if one is neither, then there was no room for more."""
+    reasons = set()
+    for threshold, more in ((0, []), (0.005, ["--steps", 4])):
+        data, _, _ = run("--tree", *CONFIDENT, "--threshold", threshold, "--top-candidates", 2, *more)
+        for r in data["rounds"]:
+            sure, depth = [node["confidence"] > threshold for node in r["drafted"]], depths(r)[1:]
+            is_last = [node["step"] == r["drafted"][-1]["step"] for node in r["drafted"]]
+            assert all(sure[i] and depth[i] < data["steps"] for i in range(len(sure)) if not is_last[i])
+            last = [(s, d) for s, d, inside in zip(sure, depth, is_last) if inside]
+            if r["stopped"] == "unsure":
+                assert not any(s for s, _ in last)
+            elif r["stopped"] == "nodes":
+                assert all(s for s, _ in last) and len(sure) == 15
+            elif last:
+                deepest = max(d for s, d in last if s)
+                assert all(d == deepest for s, d in last if s)
+                assert (r["stopped"] == "full") == (deepest == data["steps"])
+            reasons.add(r["stopped"])
+    assert reasons == {"unsure", "full", "edge", "end", "nodes"}
 
 
 def test_recording_changes_nothing(run, model, capfd):
@@ -221,7 +286,7 @@ done({seen});
 
 
 @in_browser
-@pytest.mark.parametrize("name", ["kangaroo", "rejected", "lookup", "chat"])
+@pytest.mark.parametrize("name", ["kangaroo", "rejected", "lookup", "chat", "tree"])
 def test_stepping_to_the_end_shows_the_decode(run, tmp_path, name):
     """At every step the text is what had been decoded by then; at the end it is all of it, with the run's counts."""
     data, result, page = run(*RUNS[name])
@@ -239,19 +304,74 @@ def test_stepping_to_the_end_shows_the_decode(run, tmp_path, name):
         assert proposed == ["".join(token["label"] for token in r["drafted"][:i + 1])
                             for r in data["rounds"] for i in range(len(r["drafted"]))]
     own = sum(len(r["committed"]) > r["accepted"] for r in data["rounds"])
-    rejected = sum(r["accepted"] < len(r["drafted"]) for r in data["rounds"])
+    rejected = sum(r["accepted"] < len(r["drafted"]) for r in data["rounds"]) if name != "tree" else 0  # lists the path alone
     for kind, sign, count in (("accepted", "✓", sum(result["accepted"])), ("rejected", "✗", rejected), ("own", "▸", own)):
         boxes = re.findall(rf'<span class="tok {kind}".*?</span>', "".join(seen[-1]["rounds"]), re.DOTALL)
         assert len(boxes) == count and all(sign in box for box in boxes)  # told apart by more than colour
 
 
+def depth_first(drafted, node=0):
+    return [node, *(n for child, of in enumerate(drafted, 1) if of["parent"] == node for n in depth_first(drafted, child))]
+
+
+def fate(round_, node):
+    """The shape, sign and words of a verified node."""
+    parent, path = round_["drafted"][node - 1]["parent"], [0, *round_["path"]]
+    if node in path:
+        return "accepted", "✓", "accepted"
+    if parent == path[-1]:
+        return "rejected", "✗", "rejected"
+    return "unused", "–", "not chosen" if parent in path else "not judged"
+
+
+READ_ROWS = """
+const frames = {}, read = row => {
+  const box = row.querySelector(".tok");
+  return {kind: box.className.slice(4).trim(), title: box.title, depth: Number(box.style.getPropertyValue("--at")),
+    says: row.querySelector("td").textContent, sure: row.querySelector(".sure")?.textContent, text: row.textContent,
+    lit: row.querySelectorAll(".run i, .kept i").length, hatched: row.querySelectorAll(".unsure").length};
+};
+do frames[text("round-title") + text("round-note")] = [...document.querySelectorAll("#rows tr:not([aria-hidden])")].map(read);
+while (!document.getElementById("step").disabled && (click("step"), true));
+done({frames});
+"""
+
+
 @in_browser
-def test_a_text_that_ends_by_itself(run, tmp_path, ending):
+def test_a_tree_has_a_row_a_node(run, tmp_path):
+    """Depth first, each with its own sign, confidence and layers; while it grows, only the nodes drafted so far."""
+    data, _, page = run(*RUNS["tree, unsure"])
+    frames, fates = browse(page, tmp_path, READ_ROWS)["frames"], set()
+    for i, r in enumerate(data["rounds"], 1):
+        title, drafted, depth = f"Round {i} of {len(data['rounds'])}", r["drafted"], depths(r)
+        step, order = [-1, *(node["step"] for node in drafted)], depth_first(drafted)
+        for now in set(step[1:]):
+            rows, nodes = frames[f"{title}draft {now + 1}"], [node for node in order if step[node] <= now]
+            assert [row["depth"] for row in rows] == [depth[node] for node in nodes]
+            assert [row["lit"] for row in rows] == [data["exit_layer"] * (step[node] < now) for node in nodes]
+            assert {row["kind"] for row in rows[1:]} == {"drafted"}
+        rows = frames[f"{title}verification"]
+        assert [row["depth"] for row in rows] == [depth[node] for node in order]
+        assert all(row["lit"] == data["layers"] for row in rows)
+        for row, node in zip(rows[1:], order[1:]):
+            (kind, sign, words), token = fate(r, node), drafted[node - 1]
+            fates.add(words)
+            assert row["kind"] == kind and row["says"].startswith(sign) and row["title"] == f"{token['label']} ({words})"
+            assert f"at depth {depth[node]} after" in row["says"] and ("overwritten" in row["text"]) == (kind != "accepted")
+            stops = token["confidence"] <= data["threshold"]
+            assert row["hatched"] == ("⇥" in row["sure"]) == ("early exit" in row["sure"]) == stops
+            assert f"{100 * token['confidence']:.0f}\u00a0%" in row["sure"]
+    assert fates == {"accepted", "rejected", "not chosen", "not judged"}
+
+
+@in_browser
+@pytest.mark.parametrize("args", [[*CONFIDENT, "--threshold", 0], RUNS["tree"]], ids=["chain", "tree"])
+def test_a_text_that_ends_by_itself(run, tmp_path, ending, args):
     """An end-of-sequence token is no text. After a drafted one nothing is replaced."""
-    data, result, _ = run(*CONFIDENT, "--threshold", 0)
+    data, result, _ = run(*args)
     k = next(k for k, r in enumerate(data["rounds"]) if k and r["accepted"] > 1)
     i = sum(len(r["committed"]) for r in data["rounds"][:k])
-    data, result, page = run(*CONFIDENT, "--threshold", 0, folder=ending(result["ids"], i))
+    data, result, page = run(*args, folder=ending(result["ids"], i))
     last = data["rounds"][-1]
     assert last["committed"][-1]["end"]
     told = browse(page, tmp_path, "done(tell());", "#end")
@@ -294,9 +414,10 @@ def test_every_way_of_moving_shows_the_same(run, tmp_path):
 
 
 @in_browser
-def test_a_phone_needs_no_sideways_scrolling_and_all_controls_have_names(run, tmp_path):
+@pytest.mark.parametrize("name", ["kangaroo", "tree"])
+def test_a_phone_needs_no_sideways_scrolling_and_all_controls_have_names(run, tmp_path, name):
     """At 390 and 320 pixels nothing is wider than the screen and the controls are in sight; each says what it does."""
-    _, _, page = run(*RUNS["kangaroo"])
+    _, _, page = run(*RUNS[name])
     frame = json.dumps(page.read_text(encoding="utf-8")).replace("<", "\\u003c")
     outer = tmp_path / "outer.html"
     outer.write_text("<!doctype html><html><head><title>Kangaroo, replayed</title></head><body></body></html>", encoding="utf-8")
