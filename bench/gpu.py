@@ -36,9 +36,12 @@ from kangaroo import (  # noqa: E402
     KangarooDrafter,
     Node,
     NoDrafter,
+    Parser,
     generate,
     load_adapter,
     pick_device_and_dtype,
+    refuse_below_one,
+    run_program,
 )
 from llama import Llama, LlamaConfig, Sampler, build, load_llama, one_shape, rows_are_alike  # noqa: E402
 from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
@@ -251,7 +254,7 @@ def questions(args, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, help="of 1B, 7B, 13B (default: all; without a name: none)")
     parser.add_argument("--model", help="a model folder to measure too")
     parser.add_argument("--adapter", help="its adapter's folder (default: the folder `adapter` in it)")
@@ -264,6 +267,7 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU, to test this file")
     parser.set_defaults(device=None, dtype=None, tf32=False)
     args = parser.parse_args(argv)
+    refuse_below_one(args, "answers", "new_tokens", "repeats")
     begin = time.perf_counter()
     if args.questions and not args.model:
         parser.error("--questions: give --model too")
@@ -336,4 +340,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("gpu.py", main))
