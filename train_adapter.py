@@ -287,10 +287,10 @@ class Progress:
         self.tokens += tokens
         seconds = time.perf_counter() - self.begin
         left = seconds / max(1, step - self.first) * (self.total - step)
-        shown = " · ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        bar = "█" * (20 * step // self.total)
-        line = f"{bar:░<20} {step}/{self.total} · {shown} · {self.tokens / seconds:,.0f} tokens/s · {left / 60:.0f} min left"
-        if self.live:  # a line that the terminal wraps could not be rewritten
+        shown = " · ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "agreement") if name in figures)
+        bar = "█" * (10 * step // self.total)
+        line = f"{bar:░<10} {step}/{self.total} · {shown} · {self.tokens / seconds:,.0f} tokens/s · {left / 60:.0f} min left"
+        if self.live:  # a line that the terminal wraps could not be rewritten: 80 columns take this one
             line = line[:shutil.get_terminal_size().columns - 1] + "\033[K"
         print(line, end="\r" if self.live and step < self.total else "\n", file=sys.stderr, flush=True)
         self.write({"step": step, **figures, "tokens_per_second": self.tokens / seconds})

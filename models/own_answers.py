@@ -57,6 +57,7 @@ def main(argv=None):
     parser.add_argument("--longest", type=int, default=300, help="leave out prompts of more tokens")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--allow-truncated", action="store_true", help="take what is readable of a JSON list that breaks off")
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     args = parser.parse_args(argv)
@@ -64,7 +65,7 @@ def main(argv=None):
     model = pack(load_llama(args.model, *pick_device_and_dtype(args)), args.batch)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
     by_length = collections.defaultdict(list)
-    documents = [document for path in args.data for document in read_documents(path)]
+    documents = [document for path in args.data for document in read_documents(path, args.allow_truncated)]
     longest = min(args.longest, model.config.max_position_embeddings - 1)
     for first in dict.fromkeys(document[0] for document in documents if isinstance(document, list)):
         ids = tokenizer.encode(render_chat(template, [first]))

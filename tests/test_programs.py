@@ -54,6 +54,7 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (gpu, "--tiny --questions talk.json", "--model"), (gpu, "--tiny --shapes 3B", "--shapes"),
     (gpu, "--repeats 0", "--repeats 0"),
     (own_answers, ANSWERS + "nowhere.json", "nowhere.json"), (own_answers, ANSWERS + "cut.json", "cut.json:1"),
+    (own_answers, ANSWERS + "half.jsonl --allow-truncated", "half.jsonl:1"),
     (own_answers, ANSWERS + "plain.txt", ["--batch", "no 64 conversations"]),
     (own_answers, ANSWERS + "talk.json", "no 64 conversations"),
     (own_answers, ANSWERS + "talk.json --batch 0", "--batch 0"), (own_answers, ANSWERS + "talk.json --model nowhere", "nowhere"),

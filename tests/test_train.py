@@ -27,6 +27,7 @@ import kangaroo
 import train_adapter
 from kangaroo import ADAPTERS, KangarooDrafter, generate, load_adapter
 from llama import KVCache, LlamaConfig, load_llama
+from models import own_answers
 from tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
 from train_adapter import Target, batches_of, document_of, encode, is_held_out, most_frequent, read_documents, split
 
@@ -436,7 +437,8 @@ def killed(folder):
     out = folder / "killed"
     # Decoding many prompts after each update leaves seconds in which to kill it.
     args = words(folder, out, *LONG, "--eval-every", 1, "--eval-prompts", 40)
-    with open(folder / "stderr", "w") as err, subprocess.Popen([sys.executable, SCRIPT, *args], stderr=err) as process:
+    command, env = [sys.executable, SCRIPT, *args], os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder / "stderr", "w") as err, subprocess.Popen(command, stderr=err, env=env) as process:
         while not (out / "checkpoint.pt").exists():
             assert process.poll() is None, (folder / "stderr").read_text()
             time.sleep(0.02)
@@ -773,8 +775,6 @@ def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocab
 
 def test_a_model_answers_by_itself(folder, tmp_path, capsys):
     """Guards models/own_answers.py: answers unlike those that decoding gives, to other prompts, or in a form nobody reads."""
-    sys.path.append(str(SCRIPT.parent / "models"))
-    import own_answers
     model, eos = load_llama(folder / "model"), (2, *range(3, 120))  # so many that answers end at different lengths
     model.config = replace(model.config, eos_token_ids=eos)
     prompts = torch.randint(130, 340, (6, 9), generator=torch.Generator().manual_seed(0)).tolist()
@@ -782,6 +782,9 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
     assert found == [[token for round_ in generate(model, kangaroo.NoDrafter(model), prompt, 30, eos=eos)
                       for token in round_.tokens] for prompt in prompts]
     assert len(set(map(len, found))) > 2
+    model.config = replace(model.config, max_position_embeddings=20, eos_token_ids=())
+    assert own_answers.answers(model, prompts[:1], 30) == [[token for round_ in generate(
+        model, kangaroo.NoDrafter(model), prompts[0], 30) for token in round_.tokens]], "beyond the context"
     own_answers.main([str(word) for word in [
         "--model", folder / "model", "--data", folder / "chats.json", "--out", tmp_path / "own.jsonl", "--batch", 2,
         "--max-new-tokens", 20, "--device", "cpu", "--dtype", "float32"]])
@@ -845,7 +848,7 @@ def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
     progress.say("held out: loss 1.0")
     shown = sys.stderr.getvalue().replace("\033[K", "")
     lines = re.split("[\r\n]", shown)
-    assert [line[:19] for line in lines[:3]] == ["█" * n + "░" * (19 - n) for n in (6, 13, 19)]
+    assert [line[:10] for line in lines[:3]] == ["█" * n + "░" * (10 - n) for n in (3, 6, 10)]
     assert all(len(line) == 49 for line in lines[:3]) and lines[3:] == ["held out: loss 1.0", ""] and shown.count("\n") == 2
 
 
