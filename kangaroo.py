@@ -402,11 +402,37 @@ DRAFTERS = {"kangaroo": KangarooDrafter, "lookup": PromptLookupDrafter, "none": 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "stories"
 
 
-def parse_arguments(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as all errors are, in place of the usage
+        raise UserError(message)
 
+
+def refuse_below_one(args, *names):
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+
+
+def run_program(name, run, interrupted="interrupted"):
+    """run()'s exit status, None is 0; what the user can put right ends as one line and status 2. All programs here start so."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal or a file that cannot take a character gets a ? for it
+    try:
+        return run() or 0
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError) as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(argv):
     parser = Parser(
         prog="kangaroo.py", usage="python kangaroo.py [options] --prompt TEXT", add_help=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=23, width=110),
@@ -489,21 +515,22 @@ def read_prompts(args):
         raise UserError(f"--prompts {args.prompts}: holds no prompt")
     if not (args.prompts.endswith(".jsonl") or lines[0][1].startswith("{")):
         return [line for _, line in lines]
-    return [json_prompt(line, f"{args.prompts}:{i}") for i, line in lines]
+    return [json_turns(line, f"{args.prompts}:{i}")[0] for i, line in lines]
 
 
-def json_prompt(line, where):
+def json_turns(line, where):
+    """What the user says in a line of JSON: a list of texts, usually of one."""
     try:
         entry = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid JSON ({e})") from None
     entry = entry if isinstance(entry, dict) else {}
-    turns = entry.get("turns")
-    prompt = entry.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+    turns = [entry["prompt"]] if entry.get("prompt") else entry.get("turns")
     # A lone surrogate, which JSON can escape, is no text.
-    if not isinstance(prompt, str) or not prompt.strip() or any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise UserError(f"{where}: wants an object with a text `prompt`, or `turns` whose first is a text")
-    return prompt
+    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)) or any(
+            "\ud800" <= c <= "\udfff" for turn in turns for c in turn):
+        raise UserError(f"{where}: wants an object with a text `prompt`, or with `turns`, a list of texts")
+    return turns
 
 
 def pick_device_and_dtype(args):
@@ -707,21 +734,7 @@ def run(args):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal or a file that cannot take a character gets a ? for it
-    try:
-        return run(parse_arguments(argv))
-    except UserError as e:
-        print(f"kangaroo.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return run_program("kangaroo.py", lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

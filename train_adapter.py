@@ -19,6 +19,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import sys
 import time
 import warnings
@@ -33,8 +35,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate, load_adapter, pick_device_and_dtype
-from llama import UserError, load_llama, named_weights, read_json, write_atomically, write_safetensors
+from kangaroo import (
+    ADAPTERS,
+    STEPS,
+    THRESHOLD,
+    KangarooDrafter,
+    Parser,
+    generate,
+    load_adapter,
+    pick_device_and_dtype,
+    refuse_below_one,
+    run_program,
+)
+from llama import UserError, load_llama, named_weights, write_atomically, write_safetensors
 from tokenizer import Tokenizer, find_chat_template, render_chat
 
 HELD_OUT = 64  # one document in so many is never trained on
@@ -46,20 +59,22 @@ HELD_OUT = 64  # one document in so many is never trained on
 def read_documents(path, allow_truncated=False):
     """The documents of a file: lists of turns (user, assistant, user, …) of conversations, or plain texts.
 
-    A JSON list or JSONL, of ShareGPT's {"conversations": [{"from", "value"}]} or of {"text"}; else plain text, whose
-    documents are separated by blank lines. A name that ends in .gz is unpacked. UserError names file and line.
+    A JSON list or JSONL, of ShareGPT's {"conversations": [{"from", "value"}]} or of {"text"}, if the file is called so or begins
+    so; else plain text, whose documents are separated by blank lines. .gz is unpacked. UserError names file and line.
     """
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: cannot be read as UTF-8 ({e.reason}), --data wants text, JSON or these packed as .gz") from None
+    except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     if text.lstrip().startswith("["):
         entries = json_list(path, text, allow_truncated)
-    elif text.lstrip().startswith("{"):
+    elif text.lstrip().startswith("{") or str(path).removesuffix(".gz").endswith((".json", ".jsonl")):
         entries = json_lines(path, text)
     else:
-        return [document for document in text.split("\n\n") if document.strip()]
+        return [document for document in re.split(r"\n\s*\n", text) if document.strip()]
     documents = [document_of(entry, f"{path}:{line}") for line, entry in entries]
     return [document for document in documents if document]
 
@@ -70,7 +85,7 @@ def json_lines(path, text):
             try:
                 yield line, json.loads(source)
             except (ValueError, RecursionError) as e:
-                raise UserError(f"{path}:{line}: not valid JSON ({e})") from None
+                raise UserError(f"{path}:{line}: not valid JSON ({str(e).replace('line 1 ', '')})") from None
 
 
 def json_list(path, text, allow_truncated):
@@ -87,6 +102,8 @@ def json_list(path, text, allow_truncated):
         start = skip(" \t\r\n", end)
         line, counted = line + text.count("\n", counted, start), start
         if text[start:start + 1] == "]":
+            if text[start + 1:].strip():
+                raise UserError(f"{path}:{line}: {len(entries)} entries are readable, then the JSON list ends, but not the file")
             return entries
         try:
             entry, end = decoder.raw_decode(text, start)
@@ -109,14 +126,15 @@ ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "chatgpt": 1}
 def document_of(entry, where):
     """A text, or a list of turns that begins with the user's and ends with the assistant's; empty if nothing can be learned."""
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return whole_characters(entry["text"])
+        return whole_characters(entry["text"]) if entry["text"].strip() else ""
     messages = (entry.get("conversations") or entry.get("messages")) if isinstance(entry, dict) else None
     if messages == [] or isinstance(entry, dict) and entry.get("conversations") == []:
         return []
     try:
         said = [(m.get("from") or m.get("role"), m.get("value") or m.get("content") or "") for m in messages]
-        assert all(isinstance(role, str) and isinstance(text, str) for role, text in said)
-    except (TypeError, AttributeError, AssertionError):
+        if not all(isinstance(part, str) for turn in said for part in turn):
+            raise TypeError
+    except (TypeError, AttributeError):
         raise UserError(f"{where}: wants an object with `text`, or with `conversations`, a list of objects with `from` "
                         "(human, gpt) and `value`") from None
     turns = []
@@ -136,8 +154,8 @@ def whole_characters(text):
 def encode(document, tokenizer, template, eos, max_length):
     """A document -> (ids, learn): learn[t] says whether the token at position t is to be predicted.
 
-    Of a conversation these are the assistant's tokens with the end-of-sequence token that closes each answer; what comes
-    before an answer is encoded as decoding would encode it.
+    Of a conversation these are the assistant's tokens with the end-of-sequence token that closes each answer, or that the answer
+    itself spells, for there decoding ends; what comes before an answer is encoded as decoding would encode it.
     """
     if isinstance(document, str):
         ids = (tokenizer.encode(document) + list(eos[:1]))[:max_length]
@@ -272,18 +290,23 @@ class Progress:
 
     def __init__(self, log, total, done=0):
         self.log, self.total, self.first, self.begin = log, total, done, time.perf_counter()
-        self.tokens = 0
+        self.tokens, self.live = 0, sys.stderr.isatty()
 
     def report(self, step, figures, tokens):
         self.tokens += tokens
         seconds = time.perf_counter() - self.begin
         left = seconds / max(1, step - self.first) * (self.total - step)
-        shown = " · ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        bar = "█" * (20 * step // self.total)
-        line = f"{bar:░<20} {step}/{self.total} · {shown} · {self.tokens / seconds:,.0f} tokens/s · {left / 60:.0f} min left"
-        live = sys.stderr.isatty()
-        print(f"\r{line}" if live else line, end="\033[K" if live and step < self.total else "\n", file=sys.stderr, flush=True)
+        shown = " · ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "agreement") if name in figures)
+        bar = "█" * (10 * step // self.total)
+        line = f"{bar:░<10} {step}/{self.total} · {shown} · {self.tokens / seconds:,.0f} tokens/s · {left / 60:.0f} min left"
+        if self.live:  # a line that the terminal wraps could not be rewritten: 80 columns take this one
+            line = line[:shutil.get_terminal_size().columns - 1] + "\033[K"
+        print(line, end="\r" if self.live and step < self.total else "\n", file=sys.stderr, flush=True)
         self.write({"step": step, **figures, "tokens_per_second": self.tokens / seconds})
+
+    def say(self, text):
+        """A line that stays, in the place of the progress line."""
+        print(text + "\033[K" * self.live, file=sys.stderr)
 
     def write(self, record):
         with open(self.log, "a", encoding="utf-8") as file:
@@ -307,8 +330,9 @@ def updates(documents, args, encode, target, position=(0, 0), rank=0, ranks=1):
     batches it sees. All of it follows from the seed and the position, which is what makes resuming exact.
     """
     for window, batches in windows(documents, args, encode, position[0]):
-        if len(batches) < args.batches:
-            raise UserError(f"--window {args.window}: its documents fill {len(batches)} batches, --batches wants {args.batches}")
+        if window == 0 and len(batches) < args.batches:  # a later window that falls short is passed over
+            raise UserError(f"--window {args.window}: its documents fill {len(batches)} batches, --batches wants {args.batches}; "
+                            "lower that or --batch-tokens, or raise --window if there are more documents")
         order = []
         for k in range(args.passes):
             shuffled = random.Random(f"{args.seed} {window} {k}").sample(range(len(batches)), len(batches))
@@ -344,13 +368,16 @@ def new_adapter(cls, model):
 
 
 def first_adapter(args, model):
-    """What training begins from, in float32: a new adapter, or the one in --init with its architecture."""
+    """What training begins from, in float32: a new adapter, or the one in --init with its architecture; and how that was made."""
     if args.init is None:
-        return new_adapter(ADAPTERS[args.architecture], model)
-    adapter, facts = load_adapter(args.init, model, args.exit_layer)
+        return new_adapter(ADAPTERS[args.architecture], model), None
+    try:
+        adapter, facts = load_adapter(args.init, model, args.exit_layer)
+    except UserError as e:
+        raise UserError(f"--init {e}") from None
     args.architecture = facts.get("architecture", "attention")
     adapter.head = adapter.vocabulary = None  # --vocabulary chooses again
-    return adapter.float().requires_grad_(True)
+    return adapter.float().requires_grad_(True), facts.get("training", str(args.init))
 
 
 @torch.no_grad()
@@ -391,7 +418,8 @@ def load_checkpoint(path, module, optimizers, options, device):
         raise UserError(f"{path}: no checkpoint that --resume could go on from ({type(e).__name__})") from None
     for name, value in options.items():
         if made_with.get(name) != value:
-            raise UserError(f"{path}: was made with {name} = {made_with.get(name)}, --resume needs the same, not {value}")
+            raise UserError(f"{path}: was made with --{name.replace('_', '-')} {made_with.get(name)}, --resume needs the same, "
+                            f"not {value}")
     module.load_state_dict(state.pop("weights"))
     for optimizer, saved in zip(optimizers, state.pop("optimizers")):
         optimizer.load_state_dict(saved)
@@ -399,69 +427,83 @@ def load_checkpoint(path, module, optimizers, options, device):
     return state
 
 
+def one_update(adapter, optimizer, target, batches, tokens, ranks, args):
+    """A step of the optimizer on this process's batches of states; returns the sums of `Target.loss` over them."""
+    optimizer.zero_grad()
+    sums = 0
+    for i, states in enumerate(batches):
+        # DDP averages over the ranks, in the last batch of an update; the loss is a mean over the tokens of all ranks.
+        with adapter.no_sync() if ranks > 1 and i + 1 < len(batches) else contextlib.nullcontext():
+            sums += target.loss(adapter, states, args.loss, ranks / max(1, tokens), args.autocast)
+    if not torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.clip).isfinite():  # the same in all ranks
+        raise UserError(f"--lr {args.lr}: the gradient is no longer finite; lower --lr or, if that does not help, give a --dtype "
+                        "that the target's values fit in")
+    optimizer.step()
+    return sums
+
+
 def train(args):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = pick_device_and_dtype(args)
     if ranks > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+        if device.type == "cuda":  # a GPU a process
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device, dtype = pick_device_and_dtype(args)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    args.autocast = None if dtype == torch.float32 else torch.bfloat16
     model = load_llama(args.model, device, dtype)
-    config, eos = model.config, model.config.eos_token_ids
+    config, eos, dtype = model.config, model.config.eos_token_ids, str(dtype).removeprefix("torch.")
     if not 0 <= args.exit_layer < config.num_hidden_layers:
         raise UserError(f"--exit-layer {args.exit_layer}: must be at least 0 and below the model's "
                         f"{config.num_hidden_layers} layers")
     if args.batches % ranks:
         raise UserError(f"--batches {args.batches}: must be a multiple of the {ranks} processes")
+    if args.vocabulary and args.vocabulary > config.vocab_size:
+        raise UserError(f"--vocabulary {args.vocabulary}: must be at most the model's vocab_size {config.vocab_size}")
     tokenizer, (chat, template) = Tokenizer(args.model, config), find_chat_template(args.model, args.chat)
     max_length = min(args.max_length, config.max_position_embeddings)
     encoded = partial(encode, tokenizer=tokenizer, template=template, eos=eos, max_length=max_length)
     documents, held = split(args)
+    tested = held or documents[:1]
+    held_batches = batches_of([encoded(document) for document in tested[:args.eval_documents]], args.batch_tokens)
+    if not held_batches:
+        raise UserError(f"--max-length {args.max_length}: leaves nothing to learn of the {len(tested)} held-out documents")
     vocabulary, coverage = None, 1.0
     if args.vocabulary:
-        if args.vocabulary > config.vocab_size:
-            raise UserError(f"--vocabulary {args.vocabulary}: must be at most the model's vocab_size {config.vocab_size}")
         vocabulary, coverage = most_frequent(documents, args.vocabulary, encoded, config.vocab_size, eos)
         vocabulary = vocabulary.to(device)
     target = Target(model, args.exit_layer, vocabulary)
     torch.manual_seed(args.seed)
-    adapter = first_adapter(args, model)
+    adapter, begun_from = first_adapter(args, model)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    options = {name: getattr(args, name) for name in EXACT} | {"target": model.fingerprint, "chat": chat,
-                                                                "documents": len(documents)}
+    options = {"init": args.init and str(args.init), "chat": chat, "dtype": dtype,
+               "model": f"of fingerprint {model.fingerprint}", "data": f"of digest {digest(documents)}"}
+    options |= {name: getattr(args, name) for name in EXACT}
     state = {"step": 0, "window": 0, "update": 0, "tokens": 0, "seconds": 0.0, "options": options}
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
     if args.resume:
         state = load_checkpoint(checkpoint, adapter, [optimizer], options, device)
+    stream = updates(documents, args, encoded, target, (state["window"], state["update"]), rank, ranks)
     wrapped = DistributedDataParallel(adapter) if ranks > 1 else adapter
     first = rank == 0
     if first:
-        trim_log(log, state["step"])
         parameters = sum(p.numel() for p in adapter.parameters())
-        print(f"{args.model} · {device} · {str(dtype).removeprefix('torch.')} · exit layer {args.exit_layer} · adapter "
+        print(f"{args.model} · {device} · {dtype} · exit layer {args.exit_layer} · adapter "
               f"{args.architecture}, {parameters / 1e6:.2f} M parameters · {len(documents)} documents, {len(held)} held out"
+              + ("" if held else " (too few: figures are of one that is trained on)")
               + (f" · drafts from {args.vocabulary} tokens, {coverage:.1%} of the text" if args.vocabulary else ""),
               file=sys.stderr)
-        held_out = [target.states(*batch) for batch in held_out_batches(held, encoded, args)]
-        if not held_out:
-            raise UserError(f"--max-length {args.max_length}: leaves nothing to learn of the {len(held)} held-out documents")
-        prompts = [prompt_of(document, tokenizer, template) for document in held[:args.eval_prompts]]
-        prompts = [ids for ids in prompts if len(ids) < config.max_position_embeddings]
+        trim_log(log, state["step"])
+        held_out = [target.states(*batch) for batch in held_batches]
+        prompts = [prompt_of(document, tokenizer, template) for document in tested[:args.eval_prompts]]
+        prompts = [ids for ids in prompts if 0 < len(ids) < config.max_position_embeddings]
         progress = Progress(log, args.updates, state["step"])
-    elapsed = state["seconds"]
-    begin = time.perf_counter()
-    stream = updates(documents, args, encoded, target, (state["window"], state["update"]), rank, ranks)
+    elapsed, begin = state["seconds"], time.perf_counter()
     while state["step"] < args.updates:
         (state["window"], state["update"]), mine, tokens = next(stream)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(state["step"], args.updates, args.warmup)
-        optimizer.zero_grad()
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
-        for i, states in enumerate(mine):
-            # DDP averages over the ranks, in the last batch of an update; the loss is a mean over the tokens of all ranks.
-            with wrapped.no_sync() if ranks > 1 and i + 1 < len(mine) else contextlib.nullcontext():
-                sums += target.loss(wrapped, states, args.loss, ranks / max(1, tokens), args.autocast)
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.clip)
-        optimizer.step()
+        sums = one_update(wrapped, optimizer, target, mine, tokens, ranks, args)
         state["step"] += 1
         state["tokens"] += tokens
         state["seconds"] = elapsed + time.perf_counter() - begin
@@ -471,32 +513,36 @@ def train(args):
             if step % args.eval_every == 0 or done:
                 state["held_out"] = figures = evaluate(adapter, target, held_out, prompts, args)
                 progress.write({"step": step, "held_out": figures})
-                print("\nheld out: " + " · ".join(f"{name} {value:.3f}" for name, value in figures.items()), file=sys.stderr)
+                progress.say("held out: " + " · ".join(f"{name} {value:.3f}" for name, value in figures.items()))
             if step % args.save_every == 0 or done:
                 save_checkpoint(checkpoint, adapter, [optimizer], state)
     if first:
-        facts = {"data": [Path(p).name for p in args.data], "updates": args.updates, "tokens": state["tokens"],
-                 "seconds": round(state["seconds"]), "device": str(device), "loss": args.loss, "lr": args.lr,
-                 "init": args.init and read_json(args.init / "config.json").get("training", str(args.init)),
-                 "vocabulary_coverage": round(coverage, 4), "held_out": {k: round(v, 4) for k, v in state["held_out"].items()}}
+        facts = {"data": [Path(p).name for p in args.data], "documents": len(documents), "held_out_documents": len(held),
+                 "updates": args.updates, "tokens": state["tokens"], "seconds": round(state["seconds"]), "device": str(device),
+                 "loss": args.loss, "lr": args.lr, "init": begun_from, "vocabulary_coverage": round(coverage, 4),
+                 "held_out": {name: round(value, 4) for name, value in state["held_out"].items()}}
         save_adapter(args.out, adapter, args, model, vocabulary, chat, facts)
     if ranks > 1:
         dist.destroy_process_group()
 
 
 def split(args):
-    """All documents of the data files -> (to train on, held out); each at least one."""
+    """All documents of the data files -> (to train on, at least one; held out, perhaps none)."""
     documents = [d for path in args.data for d in read_documents(path, args.allow_truncated)]
     held = [d for d in documents if is_held_out(d)]
     rest = [d for d in documents if not is_held_out(d)]
     if not rest:
         raise UserError(f"--data {' '.join(map(str, args.data))}: holds no document to train on")
     random.Random(0).shuffle(held)
-    return rest, held or rest[:1]
+    return rest, held
 
 
-def held_out_batches(held, encode, args):
-    return batches_of([encode(document) for document in held[:args.eval_documents]], args.batch_tokens)
+def digest(documents):
+    """16 hex digits that tell one list of documents from another."""
+    state = hashlib.sha256()
+    for document in documents:
+        state.update(repr(document).encode())
+    return state.hexdigest()[:16]
 
 
 def prompt_of(document, tokenizer, template):
@@ -506,9 +552,10 @@ def prompt_of(document, tokenizer, template):
 
 def trim_log(path, step):
     """Drop what a killed run logged after its last checkpoint."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+    if not path.exists():
+        return
     kept = []
-    for line in lines:
+    for line in path.read_text(encoding="utf-8").splitlines(True):
         with contextlib.suppress(ValueError):  # the last line may be half written
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -536,10 +583,6 @@ EXACT = ("exit_layer", "architecture", "vocabulary", "loss", "lr", "weight_decay
 
 
 def parse_arguments(argv):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
-
     parser = Parser(prog="train_adapter.py", usage="python train_adapter.py --model DIR --data FILE… --exit-layer ℓ --out DIR",
                     formatter_class=partial(argparse.HelpFormatter, max_help_position=23, width=110),
                     description="Train Kangaroo's adapter for a Llama. See docs/training.md.")
@@ -577,14 +620,13 @@ def parse_arguments(argv):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--allow-truncated", action="store_true", help="take what is readable of a JSON list that breaks off")
     args = parser.parse_args(argv)
-    for name in ("updates", "batch_tokens", "batches", "max_length", "window", "passes", "warmup", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    refuse_below_one(args, "updates", "batch_tokens", "batches", "max_length", "window", "passes", "warmup", "eval_every",
+                     "eval_documents", "save_every")
     for name, fits, want in (("vocabulary", args.vocabulary is None or args.vocabulary >= 1, "at least 1"),
-                             ("eval_documents", args.eval_documents >= 1, "at least 1"),
                              ("eval_prompts", args.eval_prompts >= 0, "at least 0"),
                              ("lr", 0 < args.lr < math.inf, "above 0"), ("clip", args.clip > 0, "above 0"),
-                             ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0")):
+                             ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"),
+                             ("seed", -2 ** 63 <= args.seed < 2 ** 63, "an integer of 64 bits")):
         if not fits:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {want}")
     for name, values in (("architecture", ADAPTERS), ("loss", ("cross-entropy", "acceptance"))):
@@ -594,25 +636,25 @@ def parse_arguments(argv):
         raise UserError(f"--max-length {args.max_length}: must be at most --batch-tokens {args.batch_tokens}")
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise UserError(f"--out {args.out}: holds a checkpoint, give --resume to go on from it or another folder")
-    args.autocast = torch.bfloat16 if args.dtype != "float32" else None
+    if args.resume and not (args.out / "checkpoint.pt").exists():
+        raise UserError(f"--resume: {args.out / 'checkpoint.pt'} is not there, leave out --resume to begin")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
     return args
 
 
 def main(argv=None):
-    try:
-        args = parse_arguments(argv)
+    def run():
         try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
-        train(args)
-        return 0
-    except UserError as e:
-        print(f"train_adapter.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted, --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+            train(parse_arguments(argv))
+        except RuntimeError as e:
+            if "by peer" not in str(e):  # gloo's words for a process that has ended, which has said why
+                raise
+            raise UserError(f"process {os.environ['RANK']} stops, because another one has") from None
+
+    return run_program("train_adapter.py", run, "interrupted, --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

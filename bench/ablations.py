@@ -17,31 +17,42 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from choose import STEPS, THRESHOLDS, counted, decode, drafts_everywhere, reckoned, walk  # noqa: E402
-from speed import pick, processor  # noqa: E402
-
-from kangaroo import WIDTH, Adapter, KangarooDrafter, LayerAdapter, NoDrafter, load_adapter, pick_device_and_dtype  # noqa: E402
-from llama import Sampler, UserError, load_llama, pack, read_json, write_atomically  # noqa: E402
-from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
-from train_adapter import (  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.choose import STEPS, THRESHOLDS, counted, decode, drafts_everywhere, reckoned, walk
+from bench.speed import pick_ids, processor
+from kangaroo import (
+    WIDTH,
+    Adapter,
+    KangarooDrafter,
+    LayerAdapter,
+    NoDrafter,
+    Parser,
+    load_adapter,
+    pick_device_and_dtype,
+    refuse_below_one,
+    run_program,
+)
+from llama import Sampler, UserError, load_llama, pack, read_json, write_atomically
+from tokenizer import Tokenizer, find_chat_template
+from train_adapter import (
     Target,
     batches_of,
     encode,
     for_decoding,
-    is_held_out,
     learning_rate,
     most_frequent,
     new_adapter,
-    read_documents,
+    split,
 )
 
 PAPER = 6, 0.6  # γ and η at which the variants are compared, besides the best pair of each
@@ -106,9 +117,10 @@ def variants(n_layers, vocabulary):
 @torch.no_grad()
 def states_at(target, exit_layers, batches):
     """[{ℓ: states as of `Target.states`}] of the batches, with one pass of the model for all ℓ."""
-    model, found = target.model, []
+    model, device, found = target.model, target.head.device, []
     for ids, learn in batches:
-        x, positions, here, done = model.embed_tokens(ids), torch.arange(ids.shape[1]), {}, 0
+        ids, learn = ids.to(device), learn.to(device)
+        x, positions, here, done = model.embed_tokens(ids), torch.arange(ids.shape[1], device=device), {}, 0
         for layer in sorted(exit_layers):
             x = model.run_layers(x, positions, None, done, layer)
             here[layer], done = x, layer
@@ -144,8 +156,8 @@ def train(variant, model, vocabulary, states, held_out, args):
                      **dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))}
     adapter = for_decoding(adapter, target)
     if own:
-        adapter.draft_from(torch.arange(model.config.vocab_size) if target.vocabulary is None else target.vocabulary,
-                           model.lm_head)
+        vocabulary = torch.arange(model.config.vocab_size, device=target.own.device)
+        adapter.draft_from(vocabulary if target.vocabulary is None else target.vocabulary, model.lm_head)
         adapter.head.weight.data.copy_(target.own)
     return adapter
 
@@ -158,11 +170,12 @@ def measure(model, adapter, exit_layer, prompts, outputs, args):
     grid = {(s, t): [0, 0, 0] for s in STEPS for t in THRESHOLDS}
     drafted, accepted, times, confidence = [0] * max(STEPS), [0] * max(STEPS), [], {}
     for i, ((category, ids), output) in enumerate(zip(prompts, outputs)):
+        left = min(args.new_tokens, model.config.max_position_embeddings - len(ids))
         drafts = drafts_everywhere(model, KangarooDrafter(model, adapter, exit_layer, 0.0), ids, output)
         for (steps, threshold), counts in grid.items():
-            found = counted(output, walk(drafts, output, args.new_tokens, steps, threshold))
+            found = counted(output, walk(drafts, output, left, steps, threshold))
             grid[steps, threshold] = [a + b for a, b in zip(counts, found)]
-        for n, k in walk(drafts, output, args.new_tokens, PAPER[0], 0.0):
+        for n, k in walk(drafts, output, left, PAPER[0], 0.0):
             for w in range(n):
                 drafted[w] += 1
                 accepted[w] += w < k
@@ -176,7 +189,7 @@ def measure(model, adapter, exit_layer, prompts, outputs, args):
             step = decode(model, NoDrafter(model), ids, 0, args, Sampler())[2]
             times.append((step, draft, verify))
             real = [(len(r.draft.tokens), r.accepted) for r in rounds]
-            assert real == walk(drafts, output, args.new_tokens, *PAPER), (ids, real)
+            assert real == walk(drafts, output, left, *PAPER), (ids, real)
     seconds = dict(zip(("step", "draft", "verify"), map(statistics.median, zip(*times))))
     return {"grid": [{"steps": s, "threshold": t, "compression_rate": round(counts[0] / counts[1], 4),
                       "speedup": round(reckoned(counts, **seconds), 4)} for (s, t), counts in grid.items()],
@@ -202,17 +215,18 @@ def show(results):
     print("compression rate / speedup against vanilla decoding at the one shape")
 
 
-def trained(todo, model, data, args):
-    """[(variant, its adapter)], all trained on the same states. data: (documents, function that encodes one)."""
-    documents, encoded = data
+def trained(todo, model, encoded, args):
+    """[(variant, its adapter)], all trained on the same states; encoded(document) as `encode` of train_adapter.py."""
+    documents, held = split(args)
     random.Random(args.seed).shuffle(documents)
     vocabulary = None
     if args.vocabulary:
         vocabulary, _ = most_frequent(documents, args.vocabulary, encoded, model.config.vocab_size, model.config.eos_token_ids)
-    held, rest, learned = [encoded(d) for d in documents if is_held_out(d)][:32], [], 0
-    for example in (encoded(d) for d in documents if not is_held_out(d)):
+    rest, learned = [], 0
+    for example in map(encoded, documents):
         if learned < args.tokens:
             learned, rest = learned + sum(example[1][1:]), [*rest, example]
+    held = [encoded(document) for document in held[:32] or documents[-1:]]
     exits, target = {variant.exit_layer for variant in todo}, Target(model, 0, vocabulary)
     states, held = (states_at(target, exits, batches_of(examples, args.batch_tokens)) for examples in (rest, held))
     print(f"{learned:,} tokens to learn from, {sum(len(s[min(exits)][2]) for s in held):,} held out", file=sys.stderr)
@@ -224,10 +238,10 @@ def trained(todo, model, data, args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", nargs="+", required=True, help="as of train_adapter.py")
-    parser.add_argument("--questions", type=Path, required=True, help="Spec-Bench's JSONL, or a prompt a line")
+    parser.add_argument("--questions", dest="prompts", required=True, help="Spec-Bench's JSONL, or a prompt a line")
     parser.add_argument("--out", type=Path, required=True, help="the results file; variants that it holds already are kept")
     parser.add_argument("--adapter", type=Path, help="an adapter trained in full, measured as well")
     parser.add_argument("--only", nargs="*", help="these variants only")
@@ -238,13 +252,15 @@ def parse_arguments(argv):
     parser.add_argument("--vocabulary", type=int, help="draft from the most frequent tokens alone")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=2, help="questions of each subtask")
+    parser.add_argument("--limit", dest="each", type=int, default=2, help="questions of each subtask")
     parser.add_argument("--skip", type=int, default=0, help="after the first so many of each subtask")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--longest", type=int, default=512, help="of a longer prompt, only so many last tokens")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device")
     args = parser.parse_args(argv)
-    args.device, args.width = "cpu", WIDTH
+    refuse_below_one(args, "tokens", "passes", "batch_tokens", "max_length", "each", "new_tokens", "longest")
+    args.width, args.allow_truncated = WIDTH, False
     return args
 
 
@@ -256,11 +272,11 @@ def main(argv=None):
         "model": f"{args.model.name}, {args.dtype}", "data": " ".join(Path(path).name for path in args.data),
         "budget": f"{args.tokens:,} tokens × {args.passes} passes, learning rate {args.lr:g}",
         "vocabulary": f"drafts from {args.vocabulary or 'all'} tokens",
-        "questions": f"{args.limit} a subtask after the first {args.skip}, at most {args.new_tokens} tokens",
+        "questions": f"{args.each} a subtask after the first {args.skip}, at most {args.new_tokens} tokens",
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "software": f"Python {platform.python_version()}, torch {torch.__version__}"}
     results = read_json(args.out) if args.out.exists() else {"settings": settings, "variants": {}}
-    if results["settings"] != settings:
+    if results.get("settings") != settings:
         raise UserError(f"--out {args.out}: was made with other settings, give another file")
     todo = [variant for variant in variants(len(model.layers), args.vocabulary) if variant.name not in results["variants"]
             and (args.only is None or variant.name in args.only)]
@@ -268,13 +284,12 @@ def main(argv=None):
     if todo:
         encoded = partial(encode, tokenizer=tokenizer, template=template, eos=model.config.eos_token_ids,
                           max_length=args.max_length)
-        adapters = trained(todo, model, ([d for path in args.data for d in read_documents(path)], encoded), args)
+        adapters = trained(todo, model, encoded, args)
     if args.adapter and "in full" not in results["variants"]:
         adapter, facts = load_adapter(args.adapter, model)
         adapters.append((Variant("in full", facts["exit_layer"]), adapter))
     pack(model, WIDTH)
-    prompts = [(question.category, tokenizer.encode(render_chat(template, question.turns[:1]))[-args.longest:])
-               for question in pick(args.questions, args.limit, args.skip)]
+    prompts = pick_ids(args, tokenizer, template, model.config)
     vanilla = [decode(model, NoDrafter(model), ids, 0, args, Sampler())[0] for _, ids in prompts]
     outputs = [[token for round_ in rounds for token in round_.tokens] for rounds in vanilla]
     for variant, adapter in adapters:
@@ -286,8 +301,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(f"ablations.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program("ablations.py", main))

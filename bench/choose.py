@@ -17,16 +17,28 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from speed import pick  # noqa: E402
-
-from kangaroo import TREE_WIDTH, WIDTH, KangarooDrafter, NoDrafter, generate, load_adapter, pick_device_and_dtype  # noqa: E402
-from llama import KVCache, Sampler, load_llama, pack, read_json, room_for_draft, write_atomically  # noqa: E402
-from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.speed import pick_ids, refuse_tree_width
+from kangaroo import (
+    TREE_WIDTH,
+    WIDTH,
+    KangarooDrafter,
+    NoDrafter,
+    Parser,
+    generate,
+    load_adapter,
+    pick_device_and_dtype,
+    refuse_below_one,
+    run_program,
+)
+from llama import KVCache, Sampler, load_llama, pack, read_json, room_for_draft, write_atomically
+from tokenizer import Tokenizer, find_chat_template
 
 STEPS, THRESHOLDS = (1, 2, 3, 4, 5, 6, 7), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 TREE_STEPS, TREE_THRESHOLDS, CANDIDATES = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4), (2, 4, 10)
@@ -93,8 +105,8 @@ def reckoned(counts, step, draft, verify):
     return tokens * step / (rounds * (verify + draft) + drafted * draft)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--adapter", "--prompts"):
         parser.add_argument(name, required=True)
     parser.add_argument("--each", type=int, default=4, help="prompts of each category")
@@ -107,15 +119,18 @@ def main():
     parser.add_argument("--tree", action="store_true")
     parser.add_argument("--width", type=int, help=f"rows of a step of a tree (default: {TREE_WIDTH})")
     parser.add_argument("--write", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    refuse_below_one(args, "each", "new_tokens", "longest")
     args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
+    refuse_tree_width(args)
+    if args.write:  # what cannot be written had better be known before measuring
+        settings = read_json(Path(args.adapter) / "config.json")
     model = load_llama(args.model, *pick_device_and_dtype(args))
     adapter, facts = load_adapter(args.adapter, model)
     for module in (adapter, model):
         pack(module, args.width)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
-    prompts = [tokenizer.encode(render_chat(template, question.turns[:1]))[-args.longest:]
-               for question in pick(args.prompts, args.each, args.skip)]
+    prompts = [ids for _, ids in pick_ids(args, tokenizer, template, model.config)]
     sampler = Sampler(args.temperature, seed=2)
     all_candidates, all_steps, thresholds = (CANDIDATES, TREE_STEPS, TREE_THRESHOLDS) if args.tree else ((1,), STEPS, THRESHOLDS)
     grid = [(c, s, t) for c in all_candidates for s in all_steps for t in thresholds]
@@ -136,7 +151,8 @@ def main():
         else:
             drafter = KangarooDrafter(model, adapter, facts["exit_layer"], 0.0, sampler)
             drafts = drafts_everywhere(model, drafter, ids, output)
-            found = {setting: counted(output, walk(drafts, output, args.new_tokens, *setting[1:])) for setting in grid}
+            left = min(args.new_tokens, model.config.max_position_embeddings - len(ids))
+            found = {setting: counted(output, walk(drafts, output, left, *setting[1:])) for setting in grid}
             setting = grid[13 * i % len(grid)]
             assert found[setting] == real(ids, *setting), (setting, found[setting])
         counts = {setting: [a + b for a, b in zip(counts[setting], found[setting])] for setting in grid}
@@ -156,12 +172,11 @@ def main():
     candidates, steps, threshold = max(speedup, key=speedup.get)
     print(f"best: γ {steps}, η {threshold}" + (f", K {candidates}, {args.width - 1} nodes" if args.tree else ""))
     if args.write:
-        path = Path(args.adapter) / "config.json"
         chosen = {"steps": steps, "threshold": threshold}
         if args.tree:
             chosen = {"tree": chosen | {"top_candidates": candidates, "nodes": args.width - 1}}
-        write_atomically(path, (json.dumps(read_json(path) | chosen, indent=2) + "\n").encode())
+        write_atomically(Path(args.adapter) / "config.json", (json.dumps(settings | chosen, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("choose.py", main))

@@ -10,16 +10,17 @@ libraries' vanilla decodings agree is another matter, and counted apart. Dtypes 
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from speed import pick, processor  # noqa: E402
-
-from kangaroo import Decoder, parse_arguments  # noqa: E402
-from llama import UserError, read_json, write_atomically  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.speed import pick, processor
+from kangaroo import Decoder, Parser, parse_arguments, refuse_below_one, run_program
+from llama import UserError, read_json, write_atomically
 
 LOOKUP_TOKENS = 10  # transformers' own example value
 
@@ -66,7 +67,7 @@ def show(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--model", "--adapter", "--questions", "--out"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--limit", type=int, default=4, help="so many questions of each subtask (default: 4)")
@@ -75,13 +76,14 @@ def main(argv=None):
     parser.add_argument("--longest", type=int, default=1024, help="of a longer prompt, only so many last tokens")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     args, more = parser.parse_known_args(argv)
+    refuse_below_one(args, "limit", "new_tokens", "longest")
     transformers.logging.set_verbosity_error()
     settings = {
         "model": args.model.name, "tokens": f"at most {args.new_tokens} tokens", "prompts": f"of at most {args.longest} tokens",
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "software": f"torch {torch.__version__}, transformers {transformers.__version__}"}
     results = read_json(args.out) if args.out.exists() else {"settings": settings, "dtypes": {}}
-    if results["settings"] != settings:
+    if results.get("settings") != settings:
         raise UserError(f"--out {args.out}: was made with other settings, give another file")
     for dtype in args.dtypes:
         if dtype not in results["dtypes"]:
@@ -91,8 +93,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(f"exactness.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program("exactness.py", main))

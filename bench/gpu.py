@@ -19,15 +19,17 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.speed import pick, processor  # noqa: E402
-from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, direct_recorder, fuse_pointwise, graph_drafter  # noqa: E402
-from kangaroo import (  # noqa: E402
+from bench.speed import pick, processor
+from graphs import CudaRecorder, GraphedAdapter, GraphedLlama, direct_recorder, fuse_pointwise, graph_drafter
+from kangaroo import (
     DEFAULT_MODEL,
     STEPS,
     THRESHOLD,
@@ -36,12 +38,15 @@ from kangaroo import (  # noqa: E402
     KangarooDrafter,
     Node,
     NoDrafter,
+    Parser,
     generate,
     load_adapter,
     pick_device_and_dtype,
+    refuse_below_one,
+    run_program,
 )
-from llama import Llama, LlamaConfig, Sampler, build, load_llama, one_shape, rows_are_alike  # noqa: E402
-from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
+from llama import Llama, LlamaConfig, Sampler, build, load_llama, one_shape, rows_are_alike
+from tokenizer import Tokenizer, find_chat_template, render_chat
 
 SHAPES = {  # name: (config, exit layer)
     "1B": (LlamaConfig(2048, 5632, 22, 32, 4, 64, 32000, max_position_embeddings=8192), 2),
@@ -251,7 +256,7 @@ def questions(args, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, help="of 1B, 7B, 13B (default: all; without a name: none)")
     parser.add_argument("--model", help="a model folder to measure too")
     parser.add_argument("--adapter", help="its adapter's folder (default: the folder `adapter` in it)")
@@ -264,6 +269,7 @@ def main(argv=None):
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU, to test this file")
     parser.set_defaults(device=None, dtype=None, tf32=False)
     args = parser.parse_args(argv)
+    refuse_below_one(args, "answers", "new_tokens", "repeats")
     begin = time.perf_counter()
     if args.questions and not args.model:
         parser.error("--questions: give --model too")
@@ -336,4 +342,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("gpu.py", main))

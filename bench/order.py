@@ -14,13 +14,16 @@ import argparse
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import llama  # noqa: E402
-from kangaroo import (  # noqa: E402
+import llama
+from bench.speed import pick
+from kangaroo import (
     DEFAULT_MODEL,
     TOP_CANDIDATES,
     TREE_STEPS,
@@ -29,10 +32,13 @@ from kangaroo import (  # noqa: E402
     WIDTH,
     KangarooDrafter,
     NoDrafter,
+    Parser,
     generate,
     load_adapter,
+    refuse_below_one,
+    run_program,
 )
-from tokenizer import Tokenizer  # noqa: E402
+from tokenizer import Tokenizer
 
 in_order = llama.attend_in_order
 
@@ -71,18 +77,19 @@ def cost(folder, dtype=torch.bfloat16, repeats=100):
         print(f"{Path(folder).name}: a step of width {WIDTH} at position {start} takes {ratio:.2f} times as long in order")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--adapter", default=DEFAULT_MODEL / "adapter")
     parser.add_argument("--prompts", help="a prompt a line (default: one prompt)")
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--cost", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    refuse_below_one(args, "new_tokens")
     if args.cost:
         cost(args.model)
         return
-    prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else ["Once upon a time"]
+    prompts = [text for _, text in pick(args.prompts, 10 ** 9, 0)] if args.prompts else ["Once upon a time"]
     for dtype in (torch.float32, torch.bfloat16):
         model = llama.load_llama(args.model, "cpu", dtype)
         adapter, facts = load_adapter(args.adapter, model)
@@ -104,4 +111,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("order.py", main))

@@ -18,15 +18,16 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-from speed import pick, processor  # noqa: E402
-
-from kangaroo import Decoder, parse_arguments  # noqa: E402
-from llama import UserError, read_json, write_atomically  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.speed import pick, processor
+from kangaroo import Decoder, Parser, parse_arguments, refuse_below_one, run_program
+from llama import UserError, read_json, write_atomically
 
 SUBTASKS = {"mt_bench": "MT-Bench", "translation": "Translation", "summarization": "Summarization", "qa": "QA",
             "math_reasoning": "Math", "rag": "RAG"}  # in the order of Spec-Bench's own tables
@@ -96,7 +97,7 @@ def show(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--questions", type=Path)
@@ -106,8 +107,13 @@ def main(argv=None):
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most (default: 128)")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a results file, and stop")
     args, more = parser.parse_known_args(argv)
+    refuse_below_one(args, "limit", "new_tokens")
     if args.show:
-        return show(read_json(args.show))
+        results = read_json(args.show)
+        if not results.get("questions"):
+            raise UserError(f"--show {args.show}: holds no results of this program")
+        show(results)
+        return
     for name in ("model", "adapter", "questions", "out"):
         if getattr(args, name) is None:
             raise UserError(f"give --{name} (see --help)")
@@ -148,8 +154,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(f"spec_bench.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_program("spec_bench.py", main))

@@ -20,14 +20,16 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kangaroo import (  # noqa: E402
+from kangaroo import (
     STEPS,
     THRESHOLD,
     TOP_CANDIDATES,
@@ -37,12 +39,16 @@ from kangaroo import (  # noqa: E402
     WIDTH,
     KangarooDrafter,
     NoDrafter,
+    Parser,
     generate,
+    json_turns,
     load_adapter,
     pick_device_and_dtype,
+    refuse_below_one,
+    run_program,
 )
-from llama import KVCache, Sampler, load_llama, pack  # noqa: E402
-from tokenizer import Tokenizer, find_chat_template, render_chat  # noqa: E402
+from llama import CHAIN_WIDTH, KVCache, Sampler, UserError, load_llama, pack
+from tokenizer import Tokenizer, find_chat_template, render_chat
 
 PROMPT = (
     "Kangaroos are large marsupials that live in Australia. They have strong hind legs, a long tail for balance, and a pouch "
@@ -95,15 +101,37 @@ class Question(NamedTuple):
 
 def pick(path, each, skip):
     """[Question]: `each` of each category, after the first `skip`, of a file of prompts or of Spec-Bench's questions."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     taken, seen = [], Counter()
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        entry = json.loads(line) if line.startswith("{") else {"prompt": line}
-        category = entry.get("category", "prompts")
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        turns, category = [line], "prompts"
+        if line.startswith("{"):
+            turns = json_turns(line, f"{path}:{i}")
+            category = str(json.loads(line).get("category", category))
         category = "mt_bench" if category in MT_BENCH else category
         seen[category] += 1
         if skip < seen[category] <= skip + each:
-            taken.append(Question(i, category, entry.get("turns") or [entry["prompt"]]))
+            taken.append(Question(i, category, turns))
+    if not taken:
+        raise UserError(f"{path}: of its {seen.total()} prompts, after the first {skip} of each category, none is left (--skip)")
     return taken
+
+
+def pick_ids(args, tokenizer, template, config):
+    """[(category, ids)] of first turns; of what is too long the last tokens, so that there is room for one more."""
+    longest = min(args.longest, config.max_position_embeddings - 1)
+    return [(question.category, tokenizer.encode(render_chat(template, question.turns[:1]))[-longest:])
+            for question in pick(args.prompts, args.each, args.skip)]
+
+
+def refuse_tree_width(args):
+    if args.tree and not CHAIN_WIDTH < args.width <= KVCache.BLOCK:
+        raise UserError(f"--width {args.width}: must be above {CHAIN_WIDTH} and at most {KVCache.BLOCK} for --tree")
 
 
 def print_parts(model, drafting, width, steps, prompts, args):
@@ -184,8 +212,7 @@ def many_prompts(args, load):
                 "drafted": sum(len(r.draft.tokens) for r in rounds), "accepted": sum(r.accepted for r in rounds),
                 "levels": sum(max(r.draft.depth()) for r in rounds)}
 
-    prompts = [(question.category, tokenizer.encode(render_chat(template, question.turns[:1]))[-args.longest:])
-               for question in pick(args.prompts, args.each, args.skip)]
+    prompts = pick_ids(args, tokenizer, template, model.config)
     for method in methods.values():
         decode(prompts[0][1][:40], *method)  # the first pass over a shape compiles kernels
     runs = []
@@ -231,8 +258,8 @@ def many_prompts(args, load):
         print(f"tree against chain: compression rate {rate['tree'] / rate['Kangaroo']:.2f} times, speed {faster:.2f} times")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", help="an adapter's folder, or random; without it Kangaroo is left out")
     parser.add_argument("--dtype", help="default: the command line's")
@@ -255,14 +282,23 @@ def main():
     parser.add_argument("--tree-threshold", type=float, help="η of the tree (default: the adapter's)")
     parser.add_argument("--widths", type=int, nargs="+", default=[WIDTH], help="without --prompts: vanilla at these widths")
     parser.add_argument("--memory", choices=("nothing", "decode"), help="print the peak memory of doing just this, and stop")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    refuse_below_one(args, "new_tokens", "repeats", "each", "longest")
+    for width in args.widths:
+        if not 1 <= width <= KVCache.BLOCK:
+            raise UserError(f"--widths {width}: must be from 1 to {KVCache.BLOCK}")
+    if args.prompts and not args.adapter:
+        raise UserError("--prompts: compares with Kangaroo, give --adapter DIR too")
+    refuse_tree_width(args)
     if args.memory == "nothing":
         print(peak_memory())
         return
     device, dtype = pick_device_and_dtype(args)
     model = load_llama(args.model, device, dtype)
     weights = sum(p.nbytes for p in model.parameters())
-    prompt = Tokenizer(args.model, model.config).encode(PROMPT)
+    prompt, context = Tokenizer(args.model, model.config).encode(PROMPT), model.config.max_position_embeddings
+    if not args.prompts and len(prompt) + args.new_tokens > context:
+        raise UserError(f"--new-tokens {args.new_tokens}: the context has room for {context - len(prompt)} behind the prompt")
 
     def load(width):
         model = load_llama(args.model, device, dtype)
@@ -333,4 +369,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("speed.py", main))

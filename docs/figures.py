@@ -13,12 +13,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "bench"), str(DOCS)]
-from ablations import PAPER, at  # noqa: E402
-from make import insert  # noqa: E402
-from spec_bench import METHODS, SUBTASKS, summarise  # noqa: E402
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]
+from make import insert
 
-from llama import read_json  # noqa: E402
+from bench.ablations import PAPER, at
+from bench.spec_bench import METHODS, SUBTASKS, summarise
+from llama import read_json
 
 BLUE, VIOLET, GREEN, RED, GREY = "#1668b8", "#6a3fb5", "#14733f", "#b3261e", "#8a8f99"
 MODELS = {"stories": "stories (16 layers)", "smollm2": "SmolLM2-135M (30 layers)"}

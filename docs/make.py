@@ -18,10 +18,10 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
-import kangaroo  # noqa: E402
-import replay  # noqa: E402
-from llama import LlamaConfig, write_atomically  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+import kangaroo
+import replay
+from llama import LlamaConfig, write_atomically
+from tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"

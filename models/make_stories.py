@@ -13,18 +13,31 @@ import math
 import random
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from story_grammar import story
 
-from kangaroo import WIDTH, NoDrafter, generate
-from llama import Llama, LlamaConfig, Sampler, load_llama, named_weights, pack, write_atomically, write_safetensors
+from kangaroo import WIDTH, NoDrafter, Parser, generate, refuse_below_one, run_program
+from llama import (
+    Llama,
+    LlamaConfig,
+    Sampler,
+    UserError,
+    load_llama,
+    named_weights,
+    pack,
+    read_json,
+    write_atomically,
+    write_safetensors,
+)
 from train_adapter import Progress, batches_of, learning_rate, load_checkpoint, save_checkpoint, trim_log
 
 BOS, EOS = 1, 2
@@ -64,9 +77,11 @@ def loss_sum(model, ids, learn):
 
 
 def train(args, device):
-    folder = args.out
+    folder, checkpoint, log = args.out, args.out / "checkpoint.pt", args.out / "log.jsonl"
+    if args.resume != checkpoint.exists():
+        raise UserError(f"{checkpoint}: " + ("is not there, leave out --resume to begin" if args.resume else
+                                             "is there, give --resume to go on from it, or another --out"))
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
     if not args.resume:
         train_vocabulary(folder, args)
     processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -82,7 +97,7 @@ def train(args, device):
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    options = {"updates": args.updates, "lr": args.lr, "batch_tokens": args.batch_tokens}
+    options = {name: getattr(args, name) for name in ("updates", "lr", "warmup", "batch_tokens", "pool")}
     total = args.updates * args.cycles
     state = {"step": 0, "story": 0, "tokens": 0, "seconds": 0.0, "options": options}
     if args.resume:
@@ -144,7 +159,7 @@ def continued(model, processor, prompt, sampler):
 
 def write_samples(folder):
     """README.md of the model: its figures, and ten stories greedy and ten at temperature 0.8, unpicked."""
-    figures = json.loads((folder / "training.json").read_text())
+    figures = read_json(folder / "training.json")
     processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     model = pack(load_llama(folder, "cpu", torch.bfloat16), WIDTH)
     config = model.config
@@ -171,8 +186,8 @@ def write_samples(folder):
     write_atomically(folder / "README.md", ("\n".join(lines) + "\n").encode())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "stories")
     parser.add_argument("--text", type=Path, help="write stories that training sees")
     parser.add_argument("--prompts", type=Path, help="write the first words of stories that training does not see, a line each")
@@ -186,7 +201,8 @@ def main():
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--pool", type=int, default=512, help="stories made at a time; checkpoints come between")
     parser.add_argument("--vocabulary-stories", type=int, default=10000)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    refuse_below_one(args, "count", "updates", "cycles", "warmup", "batch_tokens", "pool", "vocabulary_stories")
     if args.text:
         lines = (json.dumps({"text": text}) for text, _ in stories("train", args.count))
         write_atomically(args.text, ("\n".join(lines) + "\n").encode())
@@ -201,4 +217,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("make_stories.py", main))

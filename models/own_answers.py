@@ -11,13 +11,15 @@ import json
 import random
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
 import torch
 
-from kangaroo import pick_device_and_dtype
-from llama import KVCache, load_llama, pack
+from kangaroo import Parser, pick_device_and_dtype, refuse_below_one, run_program
+from llama import KVCache, UserError, load_llama, pack
 from tokenizer import Tokenizer, find_chat_template, render_chat
 from train_adapter import read_documents
 
@@ -26,7 +28,7 @@ from train_adapter import read_documents
 def answers(model, prompts, max_new_tokens):
     """Prompts, lists of ids of one length -> lists of ids, to the end-of-sequence token or max_new_tokens."""
     length, alive = len(prompts[0]), list(range(len(prompts)))
-    room = length + max_new_tokens
+    room = min(length + max_new_tokens, model.config.max_position_embeddings)
     cache = KVCache.zeros(model.config, len(model.layers), room, model.norm.weight)
     for rows in (cache.k, cache.v):
         rows[:] = [row.expand(len(prompts), -1, -1, -1).contiguous() for row in rows]
@@ -49,26 +51,34 @@ def answers(model, prompts, max_new_tokens):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128, help="the most prompts at once; less than half is left out")
     parser.add_argument("--longest", type=int, default=300, help="leave out prompts of more tokens")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--allow-truncated", action="store_true", help="take what is readable of a JSON list that breaks off")
     parser.add_argument("--dtype")
     parser.add_argument("--device")
     args = parser.parse_args(argv)
+    refuse_below_one(args, "batch", "longest", "max_new_tokens")
     model = pack(load_llama(args.model, *pick_device_and_dtype(args)), args.batch)
     tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
     by_length = collections.defaultdict(list)
-    for first in dict.fromkeys(document[0] for path in args.data for document in read_documents(path) if len(document) > 1):
+    documents = [document for path in args.data for document in read_documents(path, args.allow_truncated)]
+    longest = min(args.longest, model.config.max_position_embeddings - 1)
+    for first in dict.fromkeys(document[0] for document in documents if isinstance(document, list)):
         ids = tokenizer.encode(render_chat(template, [first]))
         by_length[len(ids)].append((first, ids))
-    batches = [group[i:i + args.batch] for length, group in by_length.items() if length <= args.longest
+    batches = [group[i:i + args.batch] for length, group in by_length.items() if length <= longest
                for i in range(0, len(group), args.batch)]
-    batches = [batch for batch in batches if len(batch) >= args.batch // 2]
+    least = max(1, args.batch // 2)
+    batches = [batch for batch in batches if len(batch) >= least]
+    if not batches:
+        raise UserError(f"--batch {args.batch}: --data has no {least} conversations whose first turns are of one length up to "
+                        f"{longest} tokens, take a smaller --batch or more data")
     random.Random(0).shuffle(batches)
     begin, tokens = time.perf_counter(), 0
     with open(args.out, "w", encoding="utf-8") as out:
@@ -85,4 +95,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("own_answers.py", main))

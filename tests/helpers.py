@@ -22,6 +22,15 @@ TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, nu
                    head_dim=8, vocab_size=40, max_position_embeddings=1024)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For modules that import it: threads make a tiny model slower, and on a busy machine ten times as slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # A falsifying example is printed with all its numbers, the seeds among them; weights and prompts follow from these.
 settings.register_profile("kangaroo", max_examples=100, deadline=None, print_blob=True)
 settings.register_profile("hurried", parent=settings.get_profile("kangaroo"), phases=[Phase.explicit, Phase.generate])

@@ -1,19 +1,13 @@
 """The paper's experiments, in small: what they count must be what was decoded."""
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "bench"))
-import ablations  # noqa: E402
-import spec_bench  # noqa: E402
+from bench import ablations, spec_bench
+from kangaroo import DEFAULT_MODEL as STORIES
+from kangaroo import Decoder, parse_arguments
+from llama import LlamaConfig, UserError
 
-from kangaroo import Decoder, parse_arguments  # noqa: E402
-from llama import LlamaConfig, UserError  # noqa: E402
-
-STORIES = ROOT / "models" / "stories"
 MODEL = ["--model", str(STORIES), "--adapter", str(STORIES / "adapter")]
 QUESTIONS = [{"category": "qa", "turns": ["Once upon a time"]}, {"category": "stem", "turns": ["A small", "And then"]},
              {"category": "qa", "turns": ["In a village"]}]
@@ -79,7 +73,7 @@ def test_ablations_train_and_measure_each_kind_of_variant(questions, tmp_path):
     story = "Once upon a time there lived a small mouse called Thistle, who was patient. One day she met an owl. "
     text.write_text("".join(json.dumps({"text": f"{i}. {story * 3}"}) + "\n" for i in range(120)))
     argv = [*MODEL, "--data", str(text), "--questions", str(questions), "--limit", "1", "--out", str(out), "--tokens", "1500",
-            "--passes", "4", "--batch-tokens", "512", "--new-tokens", "8", "--only", "MLP only", "own LM head"]
+            "--passes", "4", "--batch-tokens", "512", "--new-tokens", "8", "--device", "cpu", "--only", "MLP only", "own LM head"]
     ablations.main(argv)
     first = json.loads(out.read_text())["variants"]
     assert list(first) == ["MLP only", "own LM head", "in full"]

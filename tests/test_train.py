@@ -1,6 +1,7 @@
 """Training, end to end on a tiny model folder: what is learned, from which text, and that no run is lost or mispaired."""
 import copy
 import gzip
+import io
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXT, TINY, random_model, random_weights, save_file, write_model
+from helpers import TEXT, TINY, one_thread, random_model, random_weights, save_file, write_model  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,20 +27,12 @@ import kangaroo
 import train_adapter
 from kangaroo import ADAPTERS, KangarooDrafter, generate, load_adapter
 from llama import KVCache, LlamaConfig, load_llama
+from models import own_answers
 from tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
 from train_adapter import Target, batches_of, document_of, encode, is_held_out, most_frequent, read_documents, split
 
 SCRIPT = Path(train_adapter.__file__).resolve()
 PAIRS = [(None, "cross-entropy"), (20, "acceptance")]  # --vocabulary and --loss
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads make a tiny model slower, and on a busy machine ten times as slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def sentences(seed, n):
@@ -190,6 +183,23 @@ def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk
     assert torch.equal(target.loss(adapter, states, kind, autocast=None), sums)  # without gradients, as evaluations do
 
 
+@pytest.mark.parametrize("n", [None, 20])
+def test_logits_exist_a_chunk_at_a_time(monkeypatch, n):
+    """Guards large vocabularies: the logits of a whole batch in memory at once, for the target or for the adapter."""
+    monkeypatch.setattr(Target, "CHUNK", 5)
+    rows, linear = [], torch.nn.functional.linear
+
+    def counted(x, weight, *bias):
+        if len(weight) in (n, TINY.vocab_size):
+            rows.append(x.numel() // x.shape[-1])
+        return linear(x, weight, *bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    target, adapter, *batch = tiny_target(n=n)
+    target.loss(adapter, target.states(*batch), "cross-entropy", scale=1.0)
+    assert max(rows) == 5 and sum(rows) == 3 * batch[1].sum()  # the target's, and those of p and q
+
+
 def test_gradients_add_up_over_batches():
     """Guards an update of several batches: gradients that replace those of the batch before."""
     target, adapter, ids, learn = tiny_target()
@@ -311,6 +321,21 @@ def test_blanks_around_an_answer_move_no_mark(name):
     assert [Characters().decode(run).strip() for run in marked(ids, learn)] == ["two", "four"]
 
 
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+@pytest.mark.parametrize("first, learned", [
+    ("a</s>b", "a"), ("</s>", ""), ("a<|im_end|>", "a"), ("<|im_start|>a", "a"), ("a<s>b", "ab"), ("<s>", "")])
+def test_an_answer_that_spells_a_special_token(name, first, learned):
+    """Guards the mask's edges: such an answer is learned from its first token to where decoding would end, and moves no other."""
+    ids, learn = encode(["Why?", first, "So?", "yes"], Characters(), CHAT_TEMPLATES[name], EOS, 1000)
+    runs = marked(ids, learn)
+    assert [Characters().decode(run).strip() for run in runs] == [learned, "yes"]
+    for run, answer in zip(runs, (first, "yes")):
+        assert [i in EOS for i in run[:-1]] == [False] * (len(run) - 1)
+        assert (run[-1] in EOS) == (name != "none" or "</s>" in answer or "<|im_end|>" in answer)
+        begin = Characters().encode(answer)[1:2]
+        assert run[:1] == begin or run[1:2] == begin and run[0] == Characters().id(" ")
+
+
 def test_a_plain_text_is_learned_whole(tokenizer):
     """Guards plain text: a token lost, the end of sequence missing, or the first token learned, which nothing predicts."""
     ids, learn = encode(TEXT[0], tokenizer, CHAT_TEMPLATES["chatml"], (2,), 1000)
@@ -380,6 +405,25 @@ def test_training_sees_no_held_out_document(train, folder, monkeypatch):
     assert 480 < len(seen) < 500 and not any(map(is_held_out, seen))
 
 
+def test_too_few_documents_to_hold_one_out(train, tmp_path):
+    """Guards the figures on held-out data: a document that was trained on, without a word."""
+    path = tmp_path / "few.txt"
+    path.write_text("\n\n".join(t for i in range(30) if not is_held_out(t := f"{i} {sentences(i, 3)}")))
+    status, err = train("--data", path)
+    assert status == 0 and " 0 held out (too few" in err, err
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["training"]
+    assert facts["held_out_documents"] == 0 and facts["documents"] == path.read_text().count("\n\n") + 1
+
+
+def test_a_window_of_too_few_batches_is_passed_over():
+    """Guards a long run: it ends after hours, because the documents of one window are shorter than those of the others."""
+    args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0)
+    documents = [6, 6, 2, 2]  # tokens; the two short ones share a batch
+    stream = train_adapter.updates(documents, args, lambda n: ([1] * n, [True] * n), Namespace(states=lambda *_: 0))
+    seen = [next(stream)[0][0] for _ in range(20)]
+    assert seen == sorted(set(seen)) and 20 < seen[-1] < 40
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Resuming, several processes
 
@@ -393,7 +437,8 @@ def killed(folder):
     out = folder / "killed"
     # Decoding many prompts after each update leaves seconds in which to kill it.
     args = words(folder, out, *LONG, "--eval-every", 1, "--eval-prompts", 40)
-    with open(folder / "stderr", "w") as err, subprocess.Popen([sys.executable, SCRIPT, *args], stderr=err) as process:
+    command, env = [sys.executable, SCRIPT, *args], os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder / "stderr", "w") as err, subprocess.Popen(command, stderr=err, env=env) as process:
         while not (out / "checkpoint.pt").exists():
             assert process.poll() is None, (folder / "stderr").read_text()
             time.sleep(0.02)
@@ -441,16 +486,27 @@ def test_another_seed_gives_another_adapter(train, killed, tmp_path):
 
 @pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3), ("--loss", "acceptance"), ("--vocabulary", 60),
                                            ("--batches", 1), ("--architecture", "layer"), ("--seed", 7), ("--updates", 13),
-                                           ("--chat", "chatml")])
+                                           ("--chat", "chatml"), ("--dtype", "bfloat16")])
 def test_other_options_are_refused_on_resuming(refused, resumable, option, value):
     """Guards --resume: a run that goes on with other options and equals neither run."""
-    refused(["checkpoint.pt", option.strip("-"), str(value)], *LONG, option, value, "--resume")
+    refused(["checkpoint.pt", option, str(value)], *LONG, option, value, "--resume")
+
+
+def test_other_documents_are_refused_on_resuming(refused, resumable, tmp_path):
+    """Guards --resume: a run that goes on with as many other documents, at a place that means nothing there."""
+    (tmp_path / "chats.json").write_text(json.dumps([share_gpt(i + 1000 * (i == 7)) for i in range(40)]))
+    refused(["checkpoint.pt", "--data"], *LONG, "--resume", "--data", tmp_path / "chats.json")
+
+
+def test_another_beginning_is_refused_on_resuming(refused, resumable, adapter):
+    """Guards config.json: an adapter that tells of another --init than the one it was begun from."""
+    refused(["checkpoint.pt", "--init"], *LONG, "--resume", "--init", adapter)
 
 
 def test_another_model_is_refused_on_resuming(refused, resumable, tmp_path):
     """Guards --resume: a half-trained adapter trained on for another model of the same shape."""
     write_model(tmp_path / "other", seed=1)
-    refused(["checkpoint.pt", "target"], *LONG, "--resume", "--model", tmp_path / "other")
+    refused(["checkpoint.pt", "--model"], *LONG, "--resume", "--model", tmp_path / "other")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "other"])
@@ -473,22 +529,24 @@ def test_a_checkpoint_is_not_overwritten(refused, resumable):
     assert before == ((resumable / "checkpoint.pt").read_bytes(), (resumable / "log.jsonl").read_bytes())
 
 
-def processes(args, n=2):
-    """Run the script with torchrun."""
+def torchrun(args):
+    """Run the script with torchrun, in two processes; returns its exit status and what each of them wrote to stderr."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-addr", "127.0.0.1",
-               "--master-port", str(port), SCRIPT, *args]
+        port = str(s.getsockname()[1])
+    log = Path(args[args.index("--out") + 1]).with_name("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+               "--master-port", port, "--log-dir", log, "--redirects", "3", SCRIPT, *args]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    status = subprocess.run(command, capture_output=True, timeout=120, env=env).returncode
+    return status, [path.read_text() for path in sorted(log.rglob("stderr.log"))]
 
 
 def test_two_processes_train_the_same_adapter(train, folder, tmp_path):
     """Guards several GPUs: gradients averaged over batches instead of tokens, batches seen twice, files written by both."""
     args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2, "--save-every", 2
-    result = processes(words(folder, tmp_path / "two", *args))
-    assert result.returncode == 0, result.stderr
+    status, errors = torchrun(words(folder, tmp_path / "two", *args))
+    assert status == 0, errors
     assert train(*args)[0] == 0
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("out", "two"))
     assert one["tokens"] == two["tokens"]
@@ -497,13 +555,27 @@ def test_two_processes_train_the_same_adapter(train, folder, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "two")[0]] == [*range(1, 7)]
 
 
-def test_batches_that_do_not_divide_are_refused(folder, tmp_path):
-    """Guards several processes: some that wait for ever for one which has no batch."""
-    result = processes(words(folder, tmp_path / "out", "--batches", 3))
-    assert result.returncode != 0 and not (tmp_path / "out" / "log.jsonl").exists()
-    lines = [line for line in result.stderr.splitlines() if line.startswith("train_adapter.py: ")]
-    assert lines and all("--batches 3" in line and "2 processes" in line for line in lines)
-    assert f'File "{SCRIPT}"' not in result.stderr  # torchrun's own traceback follows
+def test_if_one_process_fails_all_end(folder, tmp_path):
+    """Guards several processes: one that waits for ever, or ends in a traceback, because another could not write."""
+    (tmp_path / "out" / "checkpoint.pt.tmp").mkdir(parents=True)
+    status, errors = torchrun(words(folder, tmp_path / "out", "--save-every", 1, "--updates", 500))
+    assert status != 0 and len(errors) == 2 and not any("Traceback" in error for error in errors), errors
+    assert errors[0].endswith("checkpoint.pt: cannot be written (Is a directory)\n")
+    assert errors[1] in ("", "train_adapter.py: process 1 stops, because another one has\n")  # or torchrun was faster
+
+
+@pytest.mark.parametrize("rank", "01")
+@pytest.mark.parametrize("args, part", [(["--batches", 3], "--batches 3"), (["--max-length", 2], "--max-length 2"),
+                                        (["--window", 1], "--window 1")])
+def test_all_processes_find_the_same_fault(train, monkeypatch, tmp_path, rank, args, part):
+    """Guards several processes: one that waits for another which has stopped, and says nothing."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_adapter.dist, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(train_adapter, "DistributedDataParallel", lambda adapter: adapter)
+    status, err = train(*args)
+    assert status == 2 and err.splitlines()[-1].startswith(f"train_adapter.py: {part}: ") and "Traceback" not in err
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,8 +599,8 @@ def test_all_forms_read_alike(tmp_path, form, packed):
 def test_plain_text_is_split_at_blank_lines(tmp_path):
     """Guards plain text: documents joined, split at a line end, or empty."""
     path = tmp_path / "data.txt"
-    path.write_text("\nOne\nand more\n\n\n\nTwo\n\n")
-    assert [document.strip() for document in read_documents(path)] == ["One\nand more", "Two"]
+    path.write_text("\nOne\nand more\n\n\n\nTwo\n \t\n\n  Three\n\n")
+    assert [document.strip("\n") for document in read_documents(path)] == ["One\nand more", "Two", "  Three"]
 
 
 @pytest.mark.parametrize("turns, kept", [
@@ -556,6 +628,9 @@ ONE = json.dumps({"text": TEXT[0]})
     ("bad.json", f"[{ONE}\n{ONE}]", ["bad.json:1", "--allow-truncated"]),
     ("bad.json", "[", ["bad.json:1", "0 entries"]),
     ("bad.json", f"[{ONE},\n 1]", ["bad.json:2", "conversations"]),
+    ("bad.json", f"[{ONE}]\n[{ONE}]", ["bad.json:1", "1 entries", "ends"]),
+    ("bad.jsonl", f"{ONE[5:]}\n{ONE}", ["bad.jsonl:1", "not valid JSON"]),
+    ("bad.jsonl", '{"text": " \\n"}\n' * 9, "no document"),
     ("bad.json", "[" * 100_000, ["bad.json:1", "0 entries"]),
     ("bad.jsonl", '{"text":' * 100_000, ["bad.jsonl:1", "not valid JSON"]),
     ("bad.json", "[]", "no document"), ("bad.txt", "", "no document"), ("bad.txt", " \n\n\n ", "no document"),
@@ -564,7 +639,8 @@ ONE = json.dumps({"text": TEXT[0]})
     ("bad.json", json.dumps([{"conversations": [{"from": "human", "value": 5}]}]), "bad.json:1"),
     ("bad.json", json.dumps([{"conversations": [{"from": ["human"], "value": "a"}]}]), "bad.json:1"),
     ("bad.json", json.dumps([{"conversations": []}]), "no document"),
-    ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read"]),
+    ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read as UTF-8"]),
+    ("bad.bin", random.Random(0).randbytes(999), ["bad.bin", "cannot be read as UTF-8"]),
     ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
     ("bad.json.gz", gzip.compress(ONE.encode() * 50)[:-20], ["bad.json.gz", "cannot be read"]),
     ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500, ["bad.json.gz", "cannot be read"]),
@@ -663,6 +739,12 @@ def test_drafts_come_from_the_vocabulary(folder, tmp_path):
     assert drafted > 50
 
 
+def test_training_begins_from_an_untrained_adapter(train, tmp_path):
+    """Guards --init random, which has no config.json: found out after the last update, with nothing saved."""
+    assert train("--init", "random", "--updates", 1)[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["init"] == "random"
+
+
 def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capfd):
     """Guards against a slow mispairing: a model of the same shape with other weights, with which nothing would be accepted."""
     write_model(tmp_path / "model", seed=1)
@@ -693,8 +775,6 @@ def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocab
 
 def test_a_model_answers_by_itself(folder, tmp_path, capsys):
     """Guards models/own_answers.py: answers unlike those that decoding gives, to other prompts, or in a form nobody reads."""
-    sys.path.append(str(SCRIPT.parent / "models"))
-    import own_answers
     model, eos = load_llama(folder / "model"), (2, *range(3, 120))  # so many that answers end at different lengths
     model.config = replace(model.config, eos_token_ids=eos)
     prompts = torch.randint(130, 340, (6, 9), generator=torch.Generator().manual_seed(0)).tolist()
@@ -702,6 +782,9 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
     assert found == [[token for round_ in generate(model, kangaroo.NoDrafter(model), prompt, 30, eos=eos)
                       for token in round_.tokens] for prompt in prompts]
     assert len(set(map(len, found))) > 2
+    model.config = replace(model.config, max_position_embeddings=20, eos_token_ids=())
+    assert own_answers.answers(model, prompts[:1], 30) == [[token for round_ in generate(
+        model, kangaroo.NoDrafter(model), prompts[0], 30) for token in round_.tokens]], "beyond the context"
     own_answers.main([str(word) for word in [
         "--model", folder / "model", "--data", folder / "chats.json", "--out", tmp_path / "own.jsonl", "--batch", 2,
         "--max-new-tokens", 20, "--device", "cpu", "--dtype", "float32"]])
@@ -724,13 +807,49 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
     (["--clip", 0], "--clip 0"), (["--weight-decay", -1], "--weight-decay -1"),
     (["--chat", "alpaca"], ["--chat alpaca", "chatml"]), (["--init", "nowhere"], "nowhere"),
     (["--dtype", "int8"], "--dtype int8"), (["--device", "tpu"], "--device tpu"),
-    (["--colour"], "--colour"), (["--max-length", 2], "--max-length 2")])
+    (["--colour"], "--colour"), (["--max-length", 2], "--max-length 2"), (["--seed", 2 ** 64], "--seed 18446744073709551616"),
+    (["--resume"], ["--resume", "checkpoint.pt"]), (["--lr", 1e30], ["--lr 1e+30", "--dtype"])])
 def test_a_wrong_option_is_refused(train, args, parts):
     """Guards a user's mistake: a traceback, a line that does not name the option, or hours of training for something else."""
     status, err = train(*args)
     lines = err.splitlines()
     assert status == 2 and lines[-1].startswith("train_adapter.py: ") and "Traceback" not in err, err
     assert all(part in lines[-1] for part in ([parts] if isinstance(parts, str) else parts)), err
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
+    """Guards a run that diverges: hours more of NaN, and an adapter of NaN in place of the last good checkpoint."""
+    status, err = train("--lr", 1e30, "--save-every", 1)
+    weights = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["weights"]
+    assert status == 2 and not (tmp_path / "out" / "adapter.safetensors").exists(), err
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_an_interruption_says_how_to_go_on(train, monkeypatch):
+    """Guards Ctrl-C: a traceback."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_adapter, "one_update", interrupt)
+    status, err = train()
+    assert status == 130 and "Traceback" not in err and err.endswith("interrupted, --resume goes on from the last checkpoint\n")
+
+
+def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
+    """Guards the progress line: wider than the terminal it cannot be rewritten, and each update leaves a line behind."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = train_adapter.Progress(tmp_path / "log.jsonl", 3)
+    for step in (1, 2, 3):
+        progress.report(step, {"loss": 1.0, "acceptance": 0.5, "agreement": 0.5}, 100)
+    progress.say("held out: loss 1.0")
+    shown = sys.stderr.getvalue().replace("\033[K", "")
+    lines = re.split("[\r\n]", shown)
+    assert [line[:10] for line in lines[:3]] == ["█" * n + "░" * (10 - n) for n in (3, 6, 10)]
+    assert all(len(line) == 49 for line in lines[:3]) and lines[3:] == ["held out: loss 1.0", ""] and shown.count("\n") == 2
 
 
 @pytest.mark.parametrize("name", ["out", "out/deeper"])
