@@ -78,6 +78,7 @@ def main(argv=None):
     args, more = parser.parse_known_args(argv)
     refuse_below_one(args, "limit", "new_tokens", "longest")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     settings = {
         "model": args.model.name, "tokens": f"at most {args.new_tokens} tokens", "prompts": f"of at most {args.longest} tokens",
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
