@@ -5,7 +5,7 @@
 Every variant gets the same small budget: one pass of the frozen model over --tokens learned tokens gives the states at all
 exit layers, and each adapter is trained on them for --passes passes, in the same order and with the same schedule. The
 drafts of each, one from every position of the answers to the questions, then say what any γ and η would have come to
-(`walk` in choose.py). Speedups are reckoned from these counts and the times of a few real decodes, as choose.py does.
+(`walk` in choose.py): compression rates are exact. Speedups are reckoned from these counts and the times of a few real decodes.
 
 --adapter adds the same for an adapter trained in full: its γ × η table, how often its drafts are accepted by position,
 and how sure it was of accepted and of rejected tokens, by subtask. Take questions that no adapter was chosen by.
@@ -152,7 +152,7 @@ def train(variant, model, vocabulary, states, held_out, args):
             step += 1
     seconds = time.perf_counter() - begin
     sums = sum(target.loss(adapter, batch[variant.exit_layer], variant.loss, autocast=None) for batch in held_out)
-    variant.found = {"parameters": sum(p.numel() for p in parameters), "updates": total, "seconds": round(seconds),
+    variant.found = {"parameters": sum(p.numel() for p in parameters), "updates": total, "training_seconds": round(seconds),
                      **dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))}
     adapter = for_decoding(adapter, target)
     if own:
@@ -166,7 +166,7 @@ def train(variant, model, vocabulary, states, held_out, args):
 # Decoding
 
 def measure(model, adapter, exit_layer, prompts, outputs, args):
-    """What an adapter's drafts come to: {grid: {"γ η": counts}, by_position, confidence by subtask, seconds}."""
+    """What an adapter's drafts come to, by γ and η, by draft position, by confidence and subtask; and its seconds."""
     grid = {(s, t): [0, 0, 0] for s in STEPS for t in THRESHOLDS}
     drafted, accepted, times, confidence = [0] * max(STEPS), [0] * max(STEPS), [], {}
     for i, ((category, ids), output) in enumerate(zip(prompts, outputs)):
@@ -191,9 +191,25 @@ def measure(model, adapter, exit_layer, prompts, outputs, args):
             real = [(len(r.draft.tokens), r.accepted) for r in rounds]
             assert real == walk(drafts, output, left, *PAPER), (ids, real)
     seconds = dict(zip(("step", "draft", "verify"), map(statistics.median, zip(*times))))
-    return {"grid": [{"steps": s, "threshold": t, "compression_rate": round(counts[0] / counts[1], 4),
-                      "speedup": round(reckoned(counts, **seconds), 4)} for (s, t), counts in grid.items()],
+    return {"exit_layer": exit_layer, "grid": [
+                {"steps": s, "threshold": t, "compression_rate": round(tokens / rounds, 4), "drafted": round(drafts / rounds, 4)}
+                for (s, t), (tokens, rounds, drafts) in grid.items()],
             "by_position": {"drafted": drafted, "accepted": accepted}, "confidence": confidence, "seconds": seconds}
+
+
+def with_speedups(variants):
+    """The variants of a results file with `speedup` in every cell of their grids.
+
+    A verification lasts as long as its layers: for all variants its share of a vanilla step is read off one straight line through
+    the measured shares, since a single one is uncertain by more than what tells the variants apart on a busy machine.
+    """
+    shares = [(found["exit_layer"], found["seconds"]["verify"] / found["seconds"]["step"]) for found in variants.values()]
+    line = statistics.linear_regression(*zip(*shares)) if len(dict(shares)) > 1 else (0, statistics.median(y for _, y in shares))
+    for found in variants.values():
+        verify, draft = line[0] * found["exit_layer"] + line[1], found["seconds"]["draft"] / found["seconds"]["step"]
+        for cell in found["grid"]:
+            cell["speedup"] = reckoned((cell["compression_rate"], 1, cell["drafted"]), 1, draft, verify)
+    return variants
 
 
 def at(found, steps=None, threshold=None):
@@ -205,7 +221,7 @@ def at(found, steps=None, threshold=None):
 def show(results):
     print(" · ".join(results["settings"].values()))
     print(f"{'':44}{'parameters':>11}{'agreement':>10}{'draft ÷ step':>13}{'γ 6, η 0.6':>14}{'the best γ, η':>26}")
-    for name, found in results["variants"].items():
+    for name, found in with_speedups(results["variants"]).items():
         paper, best, t = at(found, *PAPER), at(found), found["seconds"]
         parameters = f"{found['parameters'] / 1e6:.2f} M" if "parameters" in found else ""
         agreement = f"{found['agreement']:.1%}" if "agreement" in found else ""

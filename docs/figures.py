@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 from make import insert
 
-from bench.ablations import PAPER, at
+from bench.ablations import PAPER, at, with_speedups
 from bench.spec_bench import METHODS, SUBTASKS, summarise
 from llama import read_json
 
@@ -28,8 +28,8 @@ PAPER_BENCH = {  # by subtask: compression rate, speedup
     "Vicuna-13B": {"mt_bench": (2.44, 1.66), "translation": (1.45, 1.18), "summarization": (2.00, 1.41), "qa": (1.79, 1.34),
                    "math_reasoning": (2.42, 1.63), "rag": (2.16, 1.40)}}
 PAPER_EXITS = {0: (1.42, 1.28), 2: (2.01, 1.50), 4: (2.32, 1.44), 8: (2.61, 1.28), 16: (3.40, 1.07)}  # of 32 layers
-PAPER_ADAPTERS = {"ℓ = 2": ("67 M", 1.50), "attention + MLP": ("202 M", 1.37), "MLP only": ("165 M", 1.22),
-                  "own LM head": ("198 M", 1.44)}
+PAPER_ADAPTERS = {"ℓ = 2": ("67 M", "1.50"), "attention + MLP": ("202 M", "1.37"), "MLP only": ("165 M", "1.22"),
+                  "own LM head": ("198 M", "1.44")}
 PAPER_THRESHOLDS = {4: (1.36, 1.31, 1.44, 1.47, 1.48, 1.40), 6: (1.21, 1.26, 1.41, 1.46, 1.48, 1.41),
                     8: (1.11, 1.18, 1.37, 1.48, 1.49, 1.44)}  # η = 0, .1, .3, .5, .7, .9
 
@@ -115,7 +115,10 @@ def exactness():
 
 
 def each_ablation():
-    return [(model, results) for model in MODELS if (results := load(f"ablations-{model}"))]
+    found = [(model, results) for model in MODELS if (results := load(f"ablations-{model}"))]
+    for _, results in found:
+        with_speedups(results["variants"])
+    return found
 
 
 def exit_layers():
@@ -159,7 +162,7 @@ def adapters():
         for _, results in found:
             f = results["variants"].get(name)
             cells += [f"{f['parameters'] / 1e6:.2f} M", f"{f['agreement']:.1%}", both(at(f))] if f else ["–"] * 3
-        rows.append(["the paper's" if name == "ℓ = 2" else name, *cells, *map(str, PAPER_ADAPTERS.get(name, ("–", "–")))])
+        rows.append(["the paper's" if name == "ℓ = 2" else name, *cells, *PAPER_ADAPTERS.get(name, ("–", "–"))])
     head = [cell for model, _ in found for cell in (f"{model}: parameters", "agreement", "compression rate / speedup")]
     write("adapters", table(["", *head, "*the paper, 7B*: parameters", "speedup"], rows))
     figure, axes = plt.subplots(1, len(found) + 1, figsize=(8.4, 2.4), sharey=True)
@@ -167,7 +170,7 @@ def adapters():
     panels = [(MODELS[model], [at(r["variants"][n])["speedup"] if n in r["variants"] else 0 for n in shown], colour)
               for (model, r), colour in zip(found, (VIOLET, BLUE))]
     for axis, (title, speedups, colour) in zip(axes, [
-            *panels, ("Vicuna-7B, the paper", [PAPER_ADAPTERS[n][1] for n in shown], GREY)]):
+            *panels, ("Vicuna-7B, the paper", [float(PAPER_ADAPTERS[n][1]) for n in shown], GREY)]):
         bars = axis.barh(range(len(shown)), speedups, color=colour)
         axis.bar_label(bars, [f"{s:.2f}" for s in speedups], padding=2, fontsize=8)
         axis.set_yticks(range(len(shown)), ["the paper's adapter", *shown[1:]])
