@@ -67,26 +67,22 @@ def load(name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def spec_bench():
-    """The paper's table, ours above the paper's; and a picture of the greedy one."""
-    for name in ("spec_bench-smollm2", "spec_bench-smollm2-sampled"):
-        if (results := load(name)) is None:
-            continue
+    """The paper's table, ours above the paper's; and a picture of it."""
+    if results := load("spec_bench-smollm2"):
         summary = summarise(results)
         subtasks = [key for key in SUBTASKS if key in summary]
         rows = []
         for method in METHODS:
             cells = [summary[key][method] for key in [*subtasks, "all"]]
             rows.append([method, *map(both, cells), f"{cells[-1]['identical']} of {cells[-1]['turns']}"])
-        if name == "spec_bench-smollm2":
-            for model, figures in PAPER_BENCH.items():
-                mean = sum(speedup for _, speedup in figures.values()) / len(figures)
-                cells = ["{:.2f} / {:.2f}".format(*figures[key]) for key in subtasks]
-                rows.append([f"*the paper, {model}*", *cells, f"– / {mean:.2f}", "not claimed"])
+        for model, figures in PAPER_BENCH.items():
+            mean = sum(speedup for _, speedup in figures.values()) / len(figures)
+            cells = ["{:.2f} / {:.2f}".format(*figures[key]) for key in subtasks]
+            rows.append([f"*the paper, {model}*", *cells, f"– / {mean:.2f}", "not claimed"])
         tokens = summary["all"]["vanilla"]["tokens"]
-        write(name, [*table(["", *(SUBTASKS[key] for key in subtasks), "all", "identical"], rows), "",
-                     f"({settings(results)}; {tokens:,} tokens a method. Speedup against {summary['fastest']}.)"])
-        if name != "spec_bench-smollm2":
-            continue
+        write("spec_bench-smollm2", [
+            *table(["", *(SUBTASKS[key] for key in subtasks), "all", "identical"], rows), "",
+            f"({settings(results)}; {tokens:,} tokens a method. Speedup against {summary['fastest']}.)"])
         figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7))
         for axis, key, title, j in zip(axes, ("compression_rate", "speedup"), ("Compression rate", "Speedup"), (0, 1)):
             bars = [("SmolLM2-135M, ours", BLUE, [summary[s]["Kangaroo"][key] for s in subtasks]),
