@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from helpers import one_thread  # noqa: F401
 
 from bench import ablations, spec_bench
 from kangaroo import DEFAULT_MODEL as STORIES
