@@ -11,31 +11,40 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
-from graphs import exact_kernels
 from kangaroo import Adapter
-from llama import KVCache, Llama, LlamaConfig, Sampler, build, named_weights, pack
+from llama import KVCache, Llama, LlamaConfig, Sampler, build, pack
+from support.checkpoint import named_weights
+from support.graphs import exact_kernels
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(),
+                                                  reason="there is no GPU"))
+]
 exact_kernels()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                   head_dim=8, vocab_size=40, max_position_embeddings=1024)
+TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=8, vocab_size=40, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """For modules that import it: threads make a tiny model slower, and on a busy machine ten times as slow."""
+    """For modules that import it: threads make a tiny model slower, and on a busy machine ten times
+    as slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-# A falsifying example is printed with all its numbers, the seeds among them; weights and prompts follow from these.
+# A falsifying example is printed with all its numbers, the seeds among them; weights and prompts
+# follow from these.
 settings.register_profile("kangaroo", max_examples=100, deadline=None, print_blob=True)
-settings.register_profile("hurried", parent=settings.get_profile("kangaroo"), phases=[Phase.explicit, Phase.generate])
+settings.register_profile("hurried", parent=settings.get_profile("kangaroo"),
+                          phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kangaroo"))
-samplers = st.builds(Sampler, temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0, 2.0]), top_k=st.sampled_from([0, 1, 4]),
+samplers = st.builds(Sampler, temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0,
+                                                           2.0]), top_k=st.sampled_from([0, 1, 4]),
                      top_p=st.sampled_from([0.5, 0.95, 1.0]), seed=st.integers(0, 99))
 
 
@@ -49,7 +58,8 @@ def random_weights(module, seed):
 
 
 def random_model(config=TINY, seed=0, dtype=torch.float32, device="cpu", packed_for=None):
-    """A random Llama; `packed_for` is the width that its weights are packed for, None leaves them plain."""
+    """A random Llama; `packed_for` is the width that its weights are packed for, None leaves them
+    plain."""
     model = build(Llama, config, device, dtype)
     model.tie()
     random_weights(model, seed)
@@ -58,18 +68,22 @@ def random_model(config=TINY, seed=0, dtype=torch.float32, device="cpu", packed_
 
 def random_adapter(model, seed=0):
     weight = model.norm.weight
-    return random_weights(build(Adapter, replace(model.config, num_hidden_layers=1), weight.device, weight.dtype), seed)
+    return random_weights(
+        build(Adapter, replace(model.config, num_hidden_layers=1), weight.device, weight.dtype),
+        seed)
 
 
 class PerfectAdapter:
-    """The remaining layers of the target: it drafts what the target says, or with `sign` −1 what the target likes least."""
+    """The remaining layers of the target: it drafts what the target says, or with `sign` −1 what
+    the target likes least."""
 
     def __init__(self, model, exit_layer, sign=1):
         self.model, self.exit_layer, self.sign, self.config = model, exit_layer, sign, model.config
         self.head = self.vocabulary = None
 
     def __call__(self, x, positions, cache):
-        return self.sign * self.model.norm(self.model.run_layers(x, positions, cache, self.exit_layer, len(self.model.layers)))
+        return self.sign * self.model.norm(
+            self.model.run_layers(x, positions, cache, self.exit_layer, len(self.model.layers)))
 
 
 class NoisyAdapter(PerfectAdapter):
@@ -95,11 +109,15 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 
 def save(tensors):
-    """The bytes of a safetensors file: header length, JSON header, data. (safetensors' own writer needs NumPy.)"""
+    """The bytes of a safetensors file: header length, JSON header, data. (safetensors' own writer
+    needs NumPy.)"""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end := end + t.nbytes]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
+            "data_offsets": [end, end := end + t.nbytes]
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = (ctypes.string_at(t.data_ptr(), t.nbytes) for t in tensors.values())
@@ -112,32 +130,43 @@ def save_file(tensors, path):
 
 def config_json(config):
     """The config.json of a model of this shape."""
-    data = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "eos_token_id": list(config.eos_token_ids)}
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-              "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id")
+    data = {
+        "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+        "eos_token_id": list(config.eos_token_ids)
+    }
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+              "rms_norm_eps", "rope_theta", "tie_word_embeddings", "bos_token_id")
     return data | {name: getattr(config, name) for name in fields}
 
 
 def hf_tensors(model):
     """The model's weights under Hugging Face's names, as save_file wants them."""
-    return {(name if name == "lm_head.weight" else f"model.{name}"): weight.detach().clone().contiguous()
+    return {(name if name == "lm_head.weight" else f"model.{name}"): weight.detach().clone().
+            contiguous()
             for name, weight in named_weights(model).items()}
 
 
-TEXT = ["Once upon a time a small kangaroo lived by the river.", "She liked to jump over stones, and the stones liked it too.",
-        "One day she met an old turtle who had lost his hat.", "“Where did you see it last?” asked the kangaroo. Über den Fluß!"]
+TEXT = [
+    "Once upon a time a small kangaroo lived by the river.",
+    "She liked to jump over stones, and the stones liked it too.",
+    "One day she met an old turtle who had lost his hat.",
+    "“Where did you see it last?” asked the kangaroo. Über den Fluß!"
+]
 
 
 def write_model(folder, config=TINY, seed=0, chat_template=None):
-    """A model folder as Hugging Face lays it out, with a sentencepiece vocabulary (byte fallback) of its own.
+    """A model folder as Hugging Face lays it out, with a sentencepiece vocabulary (byte fallback)
+    of its own.
 
-    Returns the config that it was written with: TINY's shape, the vocabulary's size and special tokens.
+    Returns the config that it was written with: TINY's shape, the vocabulary's size and special
+    tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size = 340  # 256 bytes, 3 special tokens, and some pieces
-    SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 20), model_prefix=str(folder / "tokenizer"), vocab_size=size,
-                               model_type="bpe", byte_fallback=True, character_coverage=0.98, minloglevel=2,
-                               hard_vocab_limit=True)
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 20), model_prefix=str(
+        folder / "tokenizer"), vocab_size=size, model_type="bpe", byte_fallback=True,
+                               character_coverage=0.98, minloglevel=2, hard_vocab_limit=True)
     (folder / "tokenizer.vocab").unlink()
     config = replace(config, vocab_size=size, bos_token_id=1, eos_token_ids=(2,))
     save_file(hf_tensors(random_model(config, seed)), folder / "model.safetensors")
@@ -154,4 +183,5 @@ def write_adapter(folder, config, exit_layer=1, seed=0):
     adapter = random_weights(build(Adapter, config, "cpu", torch.float32), seed)
     weights = {name: w.detach().clone().contiguous() for name, w in named_weights(adapter).items()}
     save_file(weights, folder / "adapter.safetensors")
-    (folder / "config.json").write_text(json.dumps(config_json(config) | {"exit_layer": exit_layer}))
+    (folder / "config.json").write_text(
+        json.dumps(config_json(config) | {"exit_layer": exit_layer}))

@@ -6,23 +6,32 @@ import pytest
 import torch
 from helpers import TINY, config_json, hf_tensors, random_model, save_file
 
-from llama import load_llama
+from support.checkpoint import load_llama
 
-transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
+transformers = pytest.importorskip("transformers",
+                                   reason="the package transformers is not installed")
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("changes, rope_scaling", [
-    ({}, None), ({"tie_word_embeddings": True}, None), ({"num_key_value_heads": 4}, None), ({"head_dim": 16}, None),
-    ({"num_key_value_heads": 1, "rope_theta": 5e5}, LLAMA3), ({}, {"type": "linear", "factor": 4.0}),
-], ids=["GQA", "tied", "multi-head", "wide heads", "llama3 rope", "linear rope"])
+@pytest.mark.parametrize(
+    "changes, rope_scaling", [
+        ({}, None),
+        ({"tie_word_embeddings": True}, None),
+        ({"num_key_value_heads": 4}, None),
+        ({"head_dim": 16}, None),
+        ({"num_key_value_heads": 1, "rope_theta": 5e5}, LLAMA3),
+        ({}, {"type": "linear", "factor": 4.0}),
+    ], ids=["GQA", "tied", "multi-head", "wide heads", "llama3 rope", "linear rope"])
 def test_logits_are_those_of_transformers(tmp_path, changes, rope_scaling):
-    """Our own oracle shares our layers; this one shares nothing: the halves of RoPE, the order of norms, GQA's grouping."""
+    """Our own oracle shares our layers; this one shares nothing: the halves of RoPE, the order of
+    norms, GQA's grouping."""
     config = replace(TINY, **changes)
     save_file(hf_tensors(random_model(config, 3)), tmp_path / "model.safetensors")
-    data = config_json(config) | {"architectures": ["LlamaForCausalLM"], "rope_scaling": rope_scaling, "eos_token_id": 2}
+    data = config_json(config) | {
+        "architectures": ["LlamaForCausalLM"], "rope_scaling": rope_scaling, "eos_token_id": 2
+    }
     (tmp_path / "config.json").write_text(json.dumps(data))
     ids = torch.randint(config.vocab_size, (2, 200), generator=torch.Generator().manual_seed(0))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()

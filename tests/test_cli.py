@@ -1,4 +1,5 @@
-"""The command line, end to end on a tiny model folder: what a user types, what comes back, and with which exit status."""
+"""The command line, end to end on a tiny model folder: what a user types, what comes back, and with
+which exit status."""
 import io
 import json
 import os
@@ -20,12 +21,14 @@ import kangaroo
 PROMPT = "Once upon a time"
 SCRIPT = Path(kangaroo.__file__).resolve()
 TREE = ["--tree", "--threshold", 0]
-DRAFTERS = [["--drafter", "kangaroo", "--threshold", 0], TREE, ["--drafter", "lookup"], ["--drafter", "none"]]
+DRAFTERS = [["--drafter", "kangaroo", "--threshold", 0], TREE, ["--drafter", "lookup"],
+            ["--drafter", "none"]]
 SAMPLED = ["--temperature", 0.9, "--top-k", 30, "--top-p", 0.9, "--seed", 3]
-HOT = ["--temperature", 5]  # the noise, which drafter and target share, decides: many drafted tokens are accepted
+HOT = ["--temperature",
+       5]  # the noise, which drafter and target share, decides: many drafted tokens are accepted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A model folder, ways to change it, and ways to run the program on it
 
 def edit(path, **changes):
@@ -45,7 +48,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with an adapter, and without an end-of-sequence token, so that the length of a text is never luck."""
+    """A model folder with an adapter, and without an end-of-sequence token, so that the length of a
+    text is never luck."""
     folder = tmp_path_factory.mktemp("cli") / "model"
     write_adapter(folder / "adapter", write_model(folder))
     edit(folder / "config.json", eos_token_id=[])
@@ -65,7 +69,10 @@ def variant(model, tmp_path):
 def arguments(model, prompt, args):
     """The words of a command line; later ones win, so `args` may name the defaults again."""
     words = ["--model", model, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 24]
-    return [str(word) for word in [*words, *(["--prompt", prompt] if prompt is not None else []), *args]]
+    return [
+        str(word)
+        for word in [*words, *(["--prompt", prompt] if prompt is not None else []), *args]
+    ]
 
 
 @pytest.fixture
@@ -89,7 +96,8 @@ def decode(cli):
 
 @pytest.fixture
 def refused(cli, recwarn):
-    """Check that a command line is refused as a user should see it: status 2, one line that has all `words`, no output."""
+    """Check that a command line is refused as a user should see it: status 2, one line that has all
+    `words`, no output."""
     def run(words, *args, **kwargs):
         status, out, err = cli(*args, **kwargs)
         assert (status, out) == (2, "")
@@ -105,17 +113,19 @@ def facts(result):
     return {name: value for name, value in result.items() if "seconds" not in name}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Output
 
 def test_plain_output_is_prompt_text_summary(cli, decode):
-    """Guards what a user sees: text lost, doubled or mixed with settings or escape codes, a summary of other numbers."""
+    """Guards what a user sees: text lost, doubled or mixed with settings or escape codes, a summary
+    of other numbers."""
     result = decode()
     status, out, err = cli()
     text, tail = PROMPT + result["text"] + "\n", r"( \d+%)+\n"
     assert status == 0 and out.startswith(text) and "\033" not in out + err
     rate = f"compression rate {24 / result['rounds']:.2f} · accepted by draft position"
-    assert re.fullmatch(r"24 tokens in [\d.]+ s · [\d.]+ tokens/s · " + rate + tail, out[len(text):])
+    assert re.fullmatch(r"24 tokens in [\d.]+ s · [\d.]+ tokens/s · " + rate + tail,
+                        out[len(text):])
     assert err == "model · cpu · float32 · chat template none · drafter exit layer 1, γ 6, η 0.6 · width 8\n"
 
 
@@ -127,12 +137,17 @@ def test_settings_name_the_dtype(cli, dtype):
 
 
 def test_summary_counts():
-    """Guards the summary's arithmetic: an acceptance that counts rounds which drafted nothing at that position."""
+    """Guards the summary's arithmetic: an acceptance that counts rounds which drafted nothing at
+    that position."""
     one = {"ids": [7] * 4, "drafted": [2, 1], "accepted": [2, 0], "seconds": 1.5}
     two = {"ids": [7] * 2, "drafted": [1], "accepted": [1], "seconds": 0.5}
     assert kangaroo.summary([one, two]) == (
-        "6 tokens in 2.00 s · 3.0 tokens/s · compression rate 2.00 · accepted by draft position 67% 100%")
-    compared = [one | {"identical": True, "vanilla_seconds": 3.0}, two | {"identical": False, "vanilla_seconds": 2.0}]
+        "6 tokens in 2.00 s · 3.0 tokens/s · compression rate 2.00 · accepted by draft position 67% 100%"
+    )
+    compared = [
+        one | {"identical": True, "vanilla_seconds": 3.0},
+        two | {"identical": False, "vanilla_seconds": 2.0}
+    ]
     assert kangaroo.summary(compared).endswith(" · 1 of 2 identical to vanilla, speedup 3.00")
 
 
@@ -151,27 +166,31 @@ class Letters:
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_a_terminal_shows_accepted_tokens_in_green(cli, decode, monkeypatch, drafter):
-    """Guards the colours: the target's own token in green, a drafted one not, codes in spite of NO_COLOR, changed text."""
+    """Guards the colours: the target's own token in green, a drafted one not, codes in spite of
+    NO_COLOR, changed text."""
     monkeypatch.setattr(kangaroo, "TextStream", Letters)
     args = *drafter, *HOT
     result = decode(*args)
     assert any(result["accepted"]) or not {"kangaroo", "--tree"} & set(drafter)
     ids, expected = iter(result["ids"]), ""
     for accepted in result["accepted"]:
-        expected += "".join(f"\033[32m<{next(ids)}>\033[0m" for _ in range(accepted)) + f"<{next(ids)}>"
+        expected += "".join(f"\033[32m<{next(ids)}>\033[0m"
+                            for _ in range(accepted)) + f"<{next(ids)}>"
     plain = cli(*args)[1]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = cli(*args)[1]
     assert expected in coloured
-    text, uncoloured = (re.sub(r"\033\[\d*m", "", out).rsplit("\n", 2)[0] for out in (plain, coloured))
+    text, uncoloured = (re.sub(r"\033\[\d*m", "", out).rsplit("\n", 2)[0]
+                        for out in (plain, coloured))
     assert uncoloured == text == PROMPT + result["text"]
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in cli(*args)[1]
 
 
 def test_an_answer_begins_with_its_first_word(decode, monkeypatch):
-    """Guards the space in front of a first word: shown after a chat template, or lost where the text goes on from the prompt."""
+    """Guards the space in front of a first word: shown after a chat template, or lost where the
+    text goes on from the prompt."""
     monkeypatch.setattr(Letters, "push", lambda self, token: f" {token}")
     monkeypatch.setattr(kangaroo, "TextStream", Letters)
     result, answer = decode(), decode("--chat", "chatml")
@@ -180,45 +199,59 @@ def test_an_answer_begins_with_its_first_word(decode, monkeypatch):
 
 
 def test_chat_shows_the_answer_only(cli, decode):
-    """Guards --chat: a template not applied, or the user's own words and the template's shown as the answer."""
+    """Guards --chat: a template not applied, or the user's own words and the template's shown as
+    the answer."""
     result = decode("--chat", "chatml")
     status, out, err = cli("--chat", "chatml")
-    assert status == 0 and out.startswith(result["text"] + "\n24 tokens") and "chat template chatml" in err
+    assert status == 0 and out.startswith(result["text"]
+                                          + "\n24 tokens") and "chat template chatml" in err
     assert len(result["prompt_ids"]) > len(decode()["prompt_ids"]) + 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --json and losslessness
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 7])
 @pytest.mark.parametrize("sampling", [[], SAMPLED])
 def test_json_is_consistent(decode, steps, sampling):
-    """Guards what experiments are computed from: rounds, drafts and ids that do not add up, --steps not respected."""
+    """Guards what experiments are computed from: rounds, drafts and ids that do not add up, --steps
+    not respected."""
     result = decode("--steps", steps, "--threshold", 0, *sampling)
-    assert result.keys() == {"prompt_ids", "ids", "text", "rounds", "drafted", "accepted", "seconds"}
+    assert result.keys() == {
+        "prompt_ids", "ids", "text", "rounds", "drafted", "accepted", "seconds"
+    }
     assert result["rounds"] == len(result["drafted"]) == len(result["accepted"])
     assert sum(result["accepted"]) + result["rounds"] == len(result["ids"]) == 24
-    assert all(0 <= a <= d <= steps for d, a in zip(result["drafted"], result["accepted"], strict=True))
+    assert all(0 <= a <= d <= steps
+               for d, a in zip(result["drafted"], result["accepted"], strict=True))
     assert max(result["drafted"]) == steps and result["seconds"] > 0
 
 
-@pytest.mark.parametrize("drafter", [[], ["--drafter", "lookup"], ["--steps", 0], ["--steps", 7], ["--threshold", 0],
-                                     ["--threshold", 1], ["--exit-layer", 0], ["--exit-layer", 3], ["--adapter", "random"]])
+@pytest.mark.parametrize(
+    "drafter",
+    [[], ["--drafter", "lookup"], ["--steps", 0], ["--steps", 7], ["--threshold", 0],
+     ["--threshold", 1], ["--exit-layer", 0], ["--exit-layer", 3], ["--adapter", "random"]])
 @pytest.mark.parametrize("sampling", [[], SAMPLED])
 def test_every_drafter_gives_vanilla_ids(decode, drafter, sampling):
-    """Guards the promise of the whole program, from flags to ids: an option about drafting that changes the output."""
+    """Guards the promise of the whole program, from flags to ids: an option about drafting that
+    changes the output."""
     vanilla, result = decode("--drafter", "none", *sampling), decode(*drafter, *sampling)
-    assert vanilla.keys() == result.keys() and not any(vanilla["drafted"]) and vanilla["rounds"] == 24
-    assert [vanilla[name] for name in ("prompt_ids", "ids", "text")] == [result[name] for name in ("prompt_ids", "ids", "text")]
+    assert vanilla.keys() == result.keys() and not any(
+        vanilla["drafted"]) and vanilla["rounds"] == 24
+    assert [vanilla[name] for name in ("prompt_ids", "ids", "text")
+            ] == [result[name] for name in ("prompt_ids", "ids", "text")]
 
 
-@pytest.mark.parametrize("tree", [[], ["--nodes", 3], ["--top-candidates", 2], ["--width", 32], ["--steps", 2]])
+@pytest.mark.parametrize(
+    "tree", [[], ["--nodes", 3], ["--top-candidates", 2], ["--width", 32], ["--steps", 2]])
 @pytest.mark.parametrize("sampling", [[], SAMPLED])
 def test_a_tree_gives_vanilla_ids(cli, decode, tree, sampling):
-    """Guards --tree from flags to ids, and what is told of trees: nodes, parents and paths that do not fit the text."""
+    """Guards --tree from flags to ids, and what is told of trees: nodes, parents and paths that do
+    not fit the text."""
     result = decode(*TREE, *tree, *sampling)
     vanilla = decode("--drafter", "none", "--width", "32" if "--width" in tree else "16", *sampling)
-    assert vanilla["ids"] == result["ids"] and vanilla["text"] == result["text"] and "trees" not in vanilla
+    assert vanilla["ids"] == result["ids"] and vanilla["text"] == result[
+        "text"] and "trees" not in vanilla
     assert [len(t["tokens"]) for t in result["trees"]] == result["drafted"]
     assert [len(t["accepted"]) for t in result["trees"]] == result["accepted"]
     limits = dict(zip(tree[::2], tree[1::2]))
@@ -226,10 +259,13 @@ def test_a_tree_gives_vanilla_ids(cli, decode, tree, sampling):
     ids = iter(result["ids"])
     for t in result["trees"]:
         assert len(t["tokens"]) == len(t["parents"]) == len(t["confidence"]) <= nodes
-        assert max(map(t["parents"].count, t["parents"]), default=0) <= limits.get("--top-candidates", 10)
+        assert max(map(t["parents"].count, t["parents"]),
+                   default=0) <= limits.get("--top-candidates", 10)
         assert len(t["accepted"]) <= limits.get("--steps", kangaroo.TREE_STEPS)
-        assert [t["parents"][node - 1] for node in t["accepted"]] == [0, *t["accepted"]][:len(t["accepted"])]
-        assert [t["tokens"][node - 1] for node in t["accepted"]] == [next(ids) for _ in t["accepted"]]
+        assert [t["parents"][node - 1]
+                for node in t["accepted"]] == [0, *t["accepted"]][:len(t["accepted"])]
+        assert [t["tokens"][node - 1]
+                for node in t["accepted"]] == [next(ids) for _ in t["accepted"]]
         next(ids, None)
     status, out, err = cli(*TREE, *tree, *sampling)
     drafted, accepted = (sum(result[name]) / result["rounds"] for name in ("drafted", "accepted"))
@@ -238,13 +274,17 @@ def test_a_tree_gives_vanilla_ids(cli, decode, tree, sampling):
 
 
 def test_an_adapter_has_settings_of_its_own_for_a_tree(cli, refused, variant):
-    """Guards the adapter's key `tree`: a chain's γ and η used for a tree or the other way round, flags that do not win."""
+    """Guards the adapter's key `tree`: a chain's γ and η used for a tree or the other way round,
+    flags that do not win."""
     folder = variant()
     edit(folder / "adapter" / "config.json", steps=3, threshold=0.5,
          tree={"steps": 4, "threshold": 0.2, "top_candidates": 5, "nodes": 12})
-    for args, settings in (([], "γ 3, η 0.5 · width 8"), (["--tree"], "γ 4, η 0.2, tree of 12 nodes, 5 candidates · width 16"),
-                           (["--tree", "--nodes", 9, "--steps", 5], "γ 5, η 0.2, tree of 9 nodes, 5 candidates"),
-                           (["--tree", "--width", 10], "tree of 9 nodes")):
+    for args, settings in (([], "γ 3, η 0.5 · width 8"), ([
+            "--tree"
+    ], "γ 4, η 0.2, tree of 12 nodes, 5 candidates · width 16"), ([
+            "--tree", "--nodes", 9, "--steps", 5
+    ], "γ 5, η 0.2, tree of 9 nodes, 5 candidates"), (["--tree", "--width",
+                                                       10], "tree of 9 nodes")):
         assert settings in cli("--model", folder, "--max-new-tokens", 2, *args)[2]
     edit(folder / "adapter" / "config.json", tree={"nodes": "many"})
     refused(["config.json", "nodes", "'many'"], "--model", folder)
@@ -252,64 +292,77 @@ def test_an_adapter_has_settings_of_its_own_for_a_tree(cli, refused, variant):
     refused(["config.json", "tree", "7"], "--model", folder)
 
 
-@pytest.mark.parametrize("changed", [["--seed", 4], ["--temperature", 3], ["--top-k", 2], ["--top-p", 0.1]])
+@pytest.mark.parametrize("changed",
+                         [["--seed", 4], ["--temperature", 3], ["--top-k", 2], ["--top-p", 0.1]])
 def test_sampling_flags_reach_the_sampler(decode, changed):
-    """Guards against a flag that is read and forgotten, which no comparison with vanilla decoding can see."""
+    """Guards against a flag that is read and forgotten, which no comparison with vanilla decoding
+    can see."""
     assert decode(*SAMPLED, *changed)["ids"] != decode(*SAMPLED)["ids"]
 
 
 @pytest.mark.parametrize("temperature", ["1e-30", "1e-40", "1e-300"])
 def test_a_tiny_temperature_is_greedy_or_refused(cli, decode, temperature):
-    """Guards against logits / T that overflows to infinity: the lowest id with a positive logit then wins, without a word."""
+    """Guards against logits / T that overflows to infinity: the lowest id with a positive logit
+    then wins, without a word."""
     status, out, _ = cli("--json", "--temperature", temperature)
     assert status == 2 or json.loads(out)["ids"] == decode()["ids"]
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_compare_adds_the_vanilla_run(decode, monkeypatch, drafter):
-    """Guards --compare: a comparison of the drafter with itself, or one that is reported in words only."""
+    """Guards --compare: a comparison of the drafter with itself, or one that is reported in words
+    only."""
     alone, generate, drafters = decode(*drafter), kangaroo.generate, []
-    monkeypatch.setattr(kangaroo, "generate", lambda *args: drafters.append(type(args[1])) or generate(*args))
+    monkeypatch.setattr(kangaroo, "generate",
+                        lambda *args: drafters.append(type(args[1])) or generate(*args))
     result = decode("--compare", *drafter)
-    assert drafters[-1] is kangaroo.NoDrafter and (drafters[-2] is not kangaroo.NoDrafter or "none" in drafter)
+    assert drafters[-1] is kangaroo.NoDrafter and (drafters[-2] is not kangaroo.NoDrafter
+                                                   or "none" in drafter)
     added = {name: result.pop(name) for name in ("vanilla_ids", "vanilla_seconds", "identical")}
     assert facts(result) == facts(alone)
-    assert added["identical"] is True and added["vanilla_ids"] == result["ids"] and added["vanilla_seconds"] > 0
+    assert added["identical"] is True and added["vanilla_ids"] == result["ids"] and added[
+        "vanilla_seconds"] > 0
 
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])
 def test_compare_fails_when_one_prompt_differs(cli, tmp_path, monkeypatch, json_flag):
-    """Guards the exit status that a script relies on: 1 as soon as one prompt of several differs, 0 only when none does."""
+    """Guards the exit status that a script relies on: 1 as soon as one prompt of several differs, 0
+    only when none does."""
     (tmp_path / "prompts").write_text("One day\nshe met\n")
     args = "--compare", "--prompts", tmp_path / "prompts", *json_flag
     status, out, err = cli(*args, prompt=None)
     assert status == 0 and " · 2 of 2 identical to vanilla, speedup " in out + err
     decode_vanilla = kangaroo.Decoder.decode_vanilla
     results = iter([lambda r: r, lambda r: r | {"vanilla_ids": [*r["vanilla_ids"][:-1], 0]}])
-    monkeypatch.setattr(kangaroo.Decoder, "decode_vanilla", lambda self, ids: next(results)(decode_vanilla(self, ids)))
+    monkeypatch.setattr(kangaroo.Decoder, "decode_vanilla", lambda self, ids: next(results)
+                        (decode_vanilla(self, ids)))
     status, out, err = cli(*args, prompt=None)
     assert status == 1 and " · 1 of 2 identical to vanilla, speedup " in out + err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 @pytest.mark.parametrize("text", [
-    "One day\n\n  \nshe met\n", "One day\r\nshe met", '{"prompt": "One day"}\n\n{"prompt": "she met", "id": 1}\n',
+    "One day\n\n  \nshe met\n", "One day\r\nshe met",
+    '{"prompt": "One day"}\n\n{"prompt": "she met", "id": 1}\n',
     '{"turns": ["One day", "and then"]}\n{"turns": ["she met"], "category": "writing"}',
-    '\ufeff{"prompt": "One day"}\n{"prompt": "she met"}'],
-    ids=["lines", "CRLF", "prompt", "turns", "BOM"])
+    '\ufeff{"prompt": "One day"}\n{"prompt": "she met"}'
+], ids=["lines", "CRLF", "prompt", "turns", "BOM"])
 def test_prompt_files(cli, decode, tmp_path, text):
-    """Guards the three formats: blank lines as prompts, JSON taken for text, a second turn taken for a prompt."""
+    """Guards the three formats: blank lines as prompts, JSON taken for text, a second turn taken
+    for a prompt."""
     path = tmp_path / "prompts"
     path.write_bytes(text.encode())
     status, out, err = cli("--json", "--prompts", path, prompt=None)
     assert status == 0, err
-    assert [facts(json.loads(line)) for line in out.splitlines()] == [facts(decode(prompt=p)) for p in ("One day", "she met")]
+    assert [facts(json.loads(line)) for line in out.splitlines()
+            ] == [facts(decode(prompt=p)) for p in ("One day", "she met")]
 
 
 def test_several_prompts_are_told_apart(cli, decode, tmp_path):
-    """Guards the plain output of a file: prompts not shown, texts that run into one another, a summary for each."""
+    """Guards the plain output of a file: prompts not shown, texts that run into one another, a
+    summary for each."""
     (tmp_path / "prompts").write_text("One day\nshe met")
     _, out, _ = cli("--prompts", tmp_path / "prompts", prompt=None)
     one, two = decode(prompt="One day")["text"], decode(prompt="she met")["text"]
@@ -318,20 +371,29 @@ def test_several_prompts_are_told_apart(cli, decode, tmp_path):
 
 
 def test_a_jsonl_line_ends_at_a_newline_only(decode, tmp_path):
-    """Guards against str.splitlines, which also breaks at U+2028 and U+0085: these may stand raw inside a JSON string."""
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "One\u2028day\u0085"}, ensure_ascii=False), encoding="utf-8")
-    assert facts(decode("--prompts", tmp_path / "prompts.jsonl", prompt=None)) == facts(decode(prompt="One\u2028day\u0085"))
+    """Guards against str.splitlines, which also breaks at U+2028 and U+0085: these may stand raw
+    inside a JSON string."""
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"prompt": "One\u2028day\u0085"}, ensure_ascii=False), encoding="utf-8")
+    assert facts(decode("--prompts", tmp_path / "prompts.jsonl",
+                        prompt=None)) == facts(decode(prompt="One\u2028day\u0085"))
 
 
-@pytest.mark.parametrize("text, where, words", [
-    ('{"prompt": "a"}\n\n{"prompt": \n', ":3", ["JSON"]), ('{"prompt": "a"}\nplain', ":2", ["JSON"]),
-    ('{"question": "a"}', ":1", ["prompt", "turns"]), ('{"prompt": " "}', ":1", ["prompt"]), ('{"prompt": 5}', ":1", ["prompt"]),
-    ('{"turns": []}', ":1", ["turns"]), ('{"turns": "text"}', ":1", ["turns"]), ('{"turns": 5}', ":1", ["turns"]),
-    ('{"turns": {"a": 1}}', ":1", ["turns"]), ('{"prompt": "a"}\n["b"]', ":2", ["object"]),
-    ('{"prompt": "a\\ud800"}', ":1", ["prompt"]), ("", "", ["prompt"]), ("\n \n", "", ["prompt"]), (None, "", ["No such file"]),
-    ("\udcff", "", ["utf-8"])])
+@pytest.mark.parametrize("text, where, words",
+                         [('{"prompt": "a"}\n\n{"prompt": \n', ":3", ["JSON"]),
+                          ('{"prompt": "a"}\nplain', ":2", ["JSON"]),
+                          ('{"question": "a"}', ":1", ["prompt", "turns"]),
+                          ('{"prompt": " "}', ":1", ["prompt"]),
+                          ('{"prompt": 5}', ":1", ["prompt"]), ('{"turns": []}', ":1", ["turns"]),
+                          ('{"turns": "text"}', ":1", ["turns"]), ('{"turns": 5}', ":1", ["turns"]),
+                          ('{"turns": {"a": 1}}', ":1", ["turns"]),
+                          ('{"prompt": "a"}\n["b"]', ":2", ["object"]),
+                          ('{"prompt": "a\\ud800"}', ":1", ["prompt"]), ("", "", ["prompt"]),
+                          ("\n \n", "", ["prompt"]), (None, "", ["No such file"]),
+                          ("\udcff", "", ["utf-8"])])
 def test_bad_prompt_files_are_refused(refused, tmp_path, text, where, words):
-    """Guards against a traceback, or a prompt made up of what is no prompt; file and line say where to look."""
+    """Guards against a traceback, or a prompt made up of what is no prompt; file and line say where
+    to look."""
     path = tmp_path / "prompts.jsonl"
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))
@@ -352,19 +414,21 @@ def test_bad_standard_input_is_refused(refused, monkeypatch, data):
     refused("prompt", "--prompt", "-")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Where a text ends
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("n", [1, 2, 7, 65])
 def test_max_new_tokens_is_exact(decode, drafter, n):
-    """Guards the end of a text: an accepted draft that runs past the limit, or a last token left out."""
+    """Guards the end of a text: an accepted draft that runs past the limit, or a last token left
+    out."""
     assert len(decode(*drafter, "--max-new-tokens", n)["ids"]) == n
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_context_ends_the_text(decode, refused, variant, drafter):
-    """Guards the last positions of the context: one token too many has a position that the model never saw."""
+    """Guards the last positions of the context: one token too many has a position that the model
+    never saw."""
     full = decode(*drafter)
     for room in (5, 1):
         folder = variant(max_position_embeddings=len(full["prompt_ids"]) + room)
@@ -376,7 +440,8 @@ def test_the_context_ends_the_text(decode, refused, variant, drafter):
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("which", [0, 5])
 def test_an_eos_token_ends_the_text(decode, variant, drafter, which):
-    """Guards eos: a text that goes on behind it, an eos inside an accepted draft overlooked, a count with tokens behind it."""
+    """Guards eos: a text that goes on behind it, an eos inside an accepted draft overlooked, a
+    count with tokens behind it."""
     args = *drafter, *HOT
     ids = decode(*args)["ids"]
     eos = ids[which]
@@ -386,60 +451,85 @@ def test_an_eos_token_ends_the_text(decode, variant, drafter, which):
     assert which or result["text"] == ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --help
 
 def test_help_fits_a_screen_and_names_every_option_and_default(capfd):
-    """Guards the help: an option forgotten or twice, a default missing or not the one that is used, lines that wrap."""
+    """Guards the help: an option forgotten or twice, a default missing or not the one that is used,
+    lines that wrap."""
     with pytest.raises(SystemExit) as stop:
         kangaroo.main(["--help"])
     out = capfd.readouterr().out
-    assert stop.value.code == 0 and len(out.splitlines()) <= 40 and max(map(len, out.splitlines())) <= 110
+    assert stop.value.code == 0 and len(out.splitlines()) <= 40 and max(map(
+        len, out.splitlines())) <= 110
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=-)", out)[1:]]
-    defaults = {"--" + name.replace("_", "-"): value for name, value in vars(kangaroo.parse_arguments(["--prompt", "x"])).items()}
-    assert sorted(re.search("--[a-z0-9-]+", entry)[0] for entry in entries) == sorted([*defaults, "--help"])
+    defaults = {
+        "--" + name.replace("_", "-"): value
+        for name, value in vars(kangaroo.parse_arguments(["--prompt", "x"])).items()
+    }
+    assert sorted(re.search("--[a-z0-9-]+", entry)[0]
+                  for entry in entries) == sorted([*defaults, "--help"])
     entries = {entry.split()[0]: entry for entry in entries}
     for name, default in defaults.items():
-        if default is None and name not in ("--prompts", "--trace"):  # without them nothing is read or written
+        if default is None and name not in ("--prompts",
+                                            "--trace"):  # without them nothing is read or written
             assert "(default: " in entries[name]
         elif not isinstance(default, bool) and default not in (None, "x"):
             assert f"(default: {default})" in entries[name]
-    assert f" or {kangaroo.STEPS})" in entries["--steps"] and f" or {kangaroo.THRESHOLD})" in entries["--threshold"]
+    assert f" or {kangaroo.STEPS})" in entries[
+        "--steps"] and f" or {kangaroo.THRESHOLD})" in entries["--threshold"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-@pytest.mark.parametrize("args, words", [
-    ("--model absent", ["absent", "--model"]), ("--adapter absent", ["absent", "--adapter"]),
-    ("--dtype float8", ["--dtype", "float8"]), ("--chat alpaca", ["--chat", "alpaca"]),
-    ("--drafter eagle", ["--drafter", "eagle"]), ("--device tpu", ["--device", "tpu"]),
-    ("--device meta", "meta"), ("--device cuda:99", "cuda:99"),
-    pytest.param("--device cuda", ["--device", "cuda"], marks=no_cuda),
-    ("--threshold -0.1", "--threshold"), ("--threshold 1.5", "--threshold"), ("--threshold nan", "--threshold"),
-    ("--steps -1", "--steps"), ("--steps 8", ["--steps", "--width 8"]), ("--steps x", "--steps"),
-    ("--temperature -1", "--temperature"), ("--temperature nan", "--temperature"), ("--temperature inf", "--temperature"),
-    ("--top-p 0", "--top-p"), ("--top-p 1.5", "--top-p"), ("--top-p nan", "--top-p"), ("--top-k -1", "--top-k"),
-    ("--seed x", "--seed"), ("--max-new-tokens 0", "--max-new-tokens"), ("--max-new-tokens", "--max-new-tokens"),
-    ("--width 0", "--width"), ("--width 65", "--width"), ("--width 1", ["--width", "--drafter none"]),
-    ("--tree --width 8", ["--width 8", "--tree"]), ("--tree --drafter none", ["--tree", "none"]), ("--nodes 5", "--tree"),
-    ("--top-candidates 5", "--tree"), ("--tree --nodes 16", ["--nodes 16", "--width 16"]), ("--tree --nodes 0", "--nodes"),
-    ("--tree --top-candidates 0", "--top-candidates"), ("--tree --steps 16", ["--steps", "--width 16"]),
-    ("--exit-layer -1", ["exit layer", "-1"]), ("--exit-layer 4", ["exit layer 4", "4 layers"]),
-    ("--prompts absent", ["--prompt", "--prompts"]), ("--bogus", "--bogus"), ("stray", "stray")])
+@pytest.mark.parametrize("args, words",
+                         [("--model absent", ["absent", "--model"]),
+                          ("--adapter absent", ["absent", "--adapter"]),
+                          ("--dtype float8", ["--dtype", "float8"]),
+                          ("--chat alpaca", ["--chat", "alpaca"]),
+                          ("--drafter eagle", ["--drafter", "eagle"]),
+                          ("--device tpu", ["--device", "tpu"]), ("--device meta", "meta"),
+                          ("--device cuda:99", "cuda:99"),
+                          pytest.param("--device cuda", ["--device", "cuda"], marks=no_cuda),
+                          ("--threshold -0.1", "--threshold"), ("--threshold 1.5", "--threshold"),
+                          ("--threshold nan", "--threshold"), ("--steps -1", "--steps"),
+                          ("--steps 8", ["--steps", "--width 8"]), ("--steps x", "--steps"),
+                          ("--temperature -1", "--temperature"),
+                          ("--temperature nan", "--temperature"),
+                          ("--temperature inf", "--temperature"), ("--top-p 0", "--top-p"),
+                          ("--top-p 1.5", "--top-p"), ("--top-p nan", "--top-p"),
+                          ("--top-k -1", "--top-k"), ("--seed x", "--seed"),
+                          ("--max-new-tokens 0", "--max-new-tokens"),
+                          ("--max-new-tokens", "--max-new-tokens"), ("--width 0", "--width"),
+                          ("--width 65", "--width"), ("--width 1", ["--width", "--drafter none"]),
+                          ("--tree --width 8", ["--width 8", "--tree"]),
+                          ("--tree --drafter none", ["--tree", "none"]), ("--nodes 5", "--tree"),
+                          ("--top-candidates 5", "--tree"),
+                          ("--tree --nodes 16", ["--nodes 16", "--width 16"]),
+                          ("--tree --nodes 0", "--nodes"),
+                          ("--tree --top-candidates 0", "--top-candidates"),
+                          ("--tree --steps 16", ["--steps", "--width 16"]),
+                          ("--exit-layer -1", ["exit layer", "-1"]),
+                          ("--exit-layer 4", ["exit layer 4", "4 layers"]),
+                          ("--prompts absent", ["--prompt", "--prompts"]), ("--bogus", "--bogus"),
+                          ("stray", "stray")])
 def test_bad_flags_are_refused(refused, args, words):
-    """Guards against a traceback, a silent default, or a run that fails later; the message names the flag and the value."""
+    """Guards against a traceback, a silent default, or a run that fails later; the message names
+    the flag and the value."""
     refused(words, *args.split())
 
 
-@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n\t", "empty"), ("a\udcff", "prompt"), (None, "--prompt"),
+@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n\t", "empty"), ("a\udcff", "prompt"),
+                                          (None, "--prompt"),
                                           ("kangaroo " * 2000, "max_position_embeddings")],
                          ids=["empty", "blank", "not UTF-8", "none", "too long"])
 def test_bad_prompts_are_refused(refused, prompt, word):
-    """Guards against an index error deep in the model, or in a library, for a prompt that cannot be decoded."""
+    """Guards against an index error deep in the model, or in a library, for a prompt that cannot be
+    decoded."""
     refused(word, prompt=prompt)
 
 
@@ -448,7 +538,8 @@ def truncate(path):
 
 
 def damage(path, content):
-    """Remove a file (None), change its fields (a dict) or its bytes, or do with it what a function does."""
+    """Remove a file (None), change its fields (a dict) or its bytes, or do with it what a function
+    does."""
     if content is None:
         path.unlink()
     elif isinstance(content, dict):
@@ -459,39 +550,51 @@ def damage(path, content):
         content(path)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("config.json", b"{", ["config.json", "JSON"]), ("config.json", None, "config.json"),
-    ("config.json", {"vocab_size": 341}, ["tokenizer.model", "340", "341"]),
-    ("config.json", {"num_hidden_layers": 5}, ["missing", "layers.4."]), ("config.json", {"hidden_size": "32"}, "hidden_size"),
-    ("config.json", {"model_type": "gpt2"}, "model_type"), ("config.json", {"rope_scaling": "default"}, "rope_scaling"),
-    ("config.json", {"rope_scaling": ["x"]}, "rope_scaling"), ("config.json", {"eos_token_id": [[1]]}, "eos_token_id"),
-    ("config.json", {"bos_token_id": 999}, "bos_token_id"), ("config.json", {"bos_token_id": "<s>"}, "bos_token_id"),
-    ("model.safetensors", truncate, "model.safetensors"), ("model.safetensors", None, "model.safetensors"),
-    ("model.safetensors.index.json", b"{}", "weight_map"),
-    ("tokenizer.model", b"garbage" * 9, "tokenizer.model"), ("tokenizer.model", None, "tokenizer.model"),
-    ("tokenizer_config.json", b"[", ["tokenizer_config.json", "JSON"]),
-    ("tokenizer_config.json", b'{"chat_template": [1]}', "tokenizer_config.json"),
-    ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "tokenizer_config.json"),
-    ("chat_template.jinja", b"\xff", "chat_template.jinja")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [("config.json", b"{", ["config.json", "JSON"]), ("config.json", None, "config.json"),
+     ("config.json", {"vocab_size": 341}, ["tokenizer.model", "340", "341"]),
+     ("config.json", {"num_hidden_layers": 5}, ["missing", "layers.4."]),
+     ("config.json", {"hidden_size": "32"}, "hidden_size"),
+     ("config.json", {"model_type": "gpt2"}, "model_type"),
+     ("config.json", {"rope_scaling": "default"}, "rope_scaling"),
+     ("config.json", {"rope_scaling": ["x"]}, "rope_scaling"),
+     ("config.json", {"eos_token_id": [[1]]}, "eos_token_id"),
+     ("config.json", {"bos_token_id": 999}, "bos_token_id"),
+     ("config.json", {"bos_token_id": "<s>"}, "bos_token_id"),
+     ("model.safetensors", truncate, "model.safetensors"),
+     ("model.safetensors", None, "model.safetensors"),
+     ("model.safetensors.index.json", b"{}", "weight_map"),
+     ("tokenizer.model", b"garbage" * 9, "tokenizer.model"),
+     ("tokenizer.model", None, "tokenizer.model"),
+     ("tokenizer_config.json", b"[", ["tokenizer_config.json", "JSON"]),
+     ("tokenizer_config.json", b'{"chat_template": [1]}', "tokenizer_config.json"),
+     ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "tokenizer_config.json"),
+     ("chat_template.jinja", b"\xff", "chat_template.jinja")])
 def test_damaged_model_folders_are_refused(refused, variant, name, content, words):
-    """Guards against a traceback from a file that is missing, cut off or not what it should be; the message names the file."""
+    """Guards against a traceback from a file that is missing, cut off or not what it should be; the
+    message names the file."""
     folder = variant()
     damage(folder / name, content)
     refused(words, "--model", folder)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("config.json", {"hidden_size": 64}, ["hidden_size = 64", "model 32"]),
-    ("config.json", {"vocab_size": 64}, ["vocab_size = 64", "model 340"]),
-    ("config.json", {"num_attention_heads": 2}, ["num_attention_heads = 2", "model 4"]),
-    ("config.json", {"exit_layer": None}, ["exit_layer", "--exit-layer", "adapter/config.json"]),
-    ("config.json", {"exit_layer": "1"}, ["exit layer", "'1'"]), ("config.json", {"exit_layer": 4}, ["exit layer 4", "4 layers"]),
-    ("config.json", {"steps": "x"}, "steps"), ("config.json", {"steps": 2.5}, "steps"),
-    ("config.json", {"threshold": "x"}, "threshold"), ("config.json", {"threshold": 2}, "threshold"),
-    ("config.json", b"{", "adapter/config.json"),
-    ("adapter.safetensors", truncate, "adapter.safetensors"), ("adapter.safetensors", None, "adapter.safetensors")])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [("config.json", {"hidden_size": 64}, ["hidden_size = 64", "model 32"]),
+     ("config.json", {"vocab_size": 64}, ["vocab_size = 64", "model 340"]),
+     ("config.json", {"num_attention_heads": 2}, ["num_attention_heads = 2", "model 4"]),
+     ("config.json", {"exit_layer": None}, ["exit_layer", "--exit-layer", "adapter/config.json"]),
+     ("config.json", {"exit_layer": "1"}, ["exit layer", "'1'"]),
+     ("config.json", {"exit_layer": 4}, ["exit layer 4", "4 layers"]),
+     ("config.json", {"steps": "x"}, "steps"), ("config.json", {"steps": 2.5}, "steps"),
+     ("config.json", {"threshold": "x"}, "threshold"),
+     ("config.json", {"threshold": 2}, "threshold"), ("config.json", b"{", "adapter/config.json"),
+     ("adapter.safetensors", truncate, "adapter.safetensors"),
+     ("adapter.safetensors", None, "adapter.safetensors")])
 def test_adapters_that_do_not_fit_are_refused(refused, variant, name, content, words):
-    """Guards against an adapter of another model, which would draft nonsense or fail in a product; both values are named."""
+    """Guards against an adapter of another model, which would draft nonsense or fail in a product;
+    both values are named."""
     folder = variant()
     damage(folder / "adapter" / name, content)
     refused(words, "--model", folder)
@@ -512,53 +615,65 @@ def test_no_default_model(capfd, monkeypatch, tmp_path):
     assert out == "" and err.startswith(f"kangaroo.py: {tmp_path / 'absent'}") and "--model" in err
 
 
-@pytest.mark.parametrize("name, where", [
-    ("model.embed_tokens.weight", "the embedding"), ("model.layers.0.self_attn.v_proj.weight", "layer 0"),
-    ("model.layers.2.mlp.down_proj.weight", "layer 2"), ("model.norm.weight", "the final norm or the LM head")])
+@pytest.mark.parametrize("name, where", [("model.embed_tokens.weight", "the embedding"),
+                                         ("model.layers.0.self_attn.v_proj.weight", "layer 0"),
+                                         ("model.layers.2.mlp.down_proj.weight", "layer 2"),
+                                         ("model.norm.weight", "the final norm or the LM head")])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("args", [[], ["--drafter", "none"], SAMPLED], ids=["kangaroo", "none", "sampled"])
+@pytest.mark.parametrize("args", [[], ["--drafter", "none"], SAMPLED],
+                         ids=["kangaroo", "none", "sampled"])
 def test_damaged_weights_are_named(cli, variant, name, where, bad, args):
-    """Guards against text made of NaN, which wins every comparison and looks like any other token."""
+    """Guards against text made of NaN, which wins every comparison and looks like any other
+    token."""
     path = variant() / "model.safetensors"
     weights = load_file(path)
     weights[name][:] = bad
     save_file(weights, path)
     status, _, err = cli("--model", path.parent, *args)
-    assert status == 2 and err.splitlines()[-1].startswith("kangaroo.py: ") and where in err.splitlines()[-1]
+    assert status == 2 and err.splitlines()[-1].startswith(
+        "kangaroo.py: ") and where in err.splitlines()[-1]
 
 
 def test_a_damaged_adapter_only_costs_time(decode, variant):
-    """Guards losslessness against NaN in a draft: the target must not follow it, nor the program stop."""
+    """Guards losslessness against NaN in a draft: the target must not follow it, nor the program
+    stop."""
     path = variant() / "adapter" / "adapter.safetensors"
     save_file({name: w * float("nan") for name, w in load_file(path).items()}, path)
     result = decode("--model", path.parents[1])
     assert result["ids"] == decode("--drafter", "none")["ids"] and not any(result["accepted"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Adapters
 
 @pytest.fixture
 def published(variant):
-    """The folder of a model whose adapter is laid out like the published ones, and the adapter's pytorch_model.bin."""
+    """The folder of a model whose adapter is laid out like the published ones, and the adapter's
+    pytorch_model.bin."""
     adapter = variant() / "adapter"
     weights = load_file(adapter / "adapter.safetensors")
-    state = {name if name == "norm.weight" else f"layers.0.{name}": weight for name, weight in weights.items()}
+    state = {
+        name if name == "norm.weight" else f"layers.0.{name}": weight
+        for name, weight in weights.items()
+    }
     torch.save(state, adapter / "pytorch_model.bin")
     (adapter / "adapter.safetensors").unlink()
     edit(adapter / "config.json", exit_layer=None)
     return adapter.parent, adapter / "pytorch_model.bin"
 
 
-@pytest.mark.parametrize("constant", [None, "layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"])
+@pytest.mark.parametrize("constant",
+                         [None, "layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"])
 def test_published_adapters_draft_as_their_safetensors_do(decode, published, constant):
-    """Guards the other file format: a name or a constant not understood, weights that end up in the wrong place."""
+    """Guards the other file format: a name or a constant not understood, weights that end up in the
+    wrong place."""
     folder, path = published
     if constant:
         torch.save(torch.load(path, weights_only=True) | {constant: torch.ones(4)}, path)
     args = "--exit-layer", 1, "--threshold", 0, *HOT
     result, expected = decode("--model", folder, "--compare", *args), decode(*args)
-    assert result["identical"] and facts(expected).items() <= result.items() and any(result["accepted"])
+    assert result["identical"] and facts(expected).items() <= result.items() and any(
+        result["accepted"])
 
 
 def save_truncated(path):
@@ -566,12 +681,16 @@ def save_truncated(path):
     truncate(path)
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"garbage" * 50, b"hello\n" * 10, b"}", save_truncated, lambda path: torch.save(torch.ones(3), path),
-    lambda path: torch.save({"norm.weight": 1}, path), lambda path: torch.save({0: torch.ones(3)}, path)],
-    ids=["empty", "garbage", "words", "brace", "truncated", "tensor", "number", "key"])
+@pytest.mark.parametrize(
+    "content", [
+        b"", b"garbage" * 50, b"hello\n" * 10, b"}", save_truncated,
+        lambda path: torch.save(torch.ones(3), path),
+        lambda path: torch.save({"norm.weight": 1}, path),
+        lambda path: torch.save({0: torch.ones(3)}, path)
+    ], ids=["empty", "garbage", "words", "brace", "truncated", "tensor", "number", "key"])
 def test_damaged_published_adapters_are_refused(refused, published, content):
-    """Guards against a traceback: torch.load raises many kinds of exception, some without a message."""
+    """Guards against a traceback: torch.load raises many kinds of exception, some without a
+    message."""
     folder, path = published
     damage(path, content)
     refused(f"{folder.name}/adapter", "--model", folder, "--exit-layer", 1)
@@ -588,21 +707,26 @@ class Code:
 
 
 @pytest.mark.parametrize("save", [
-    lambda code, path: path.write_bytes(pickle.dumps(code)), lambda code, path: torch.save({"norm.weight": code}, path)],
-    ids=["pickle", "torch.save"])
+    lambda code, path: path.write_bytes(pickle.dumps(code)),
+    lambda code, path: torch.save({"norm.weight": code}, path)
+], ids=["pickle", "torch.save"])
 def test_code_in_an_adapter_does_not_run(refused, published, tmp_path, save):
-    """Guards against torch.load without weights_only: who loads a downloaded adapter would run whatever is in it."""
+    """Guards against torch.load without weights_only: who loads a downloaded adapter would run
+    whatever is in it."""
     folder, path = published
     save(Code(str(tmp_path / "ran")), path)
     refused("pytorch_model.bin", "--model", folder, "--exit-layer", 1)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("args, settings", [
-    ([], "γ 2, η 0 "), (["--steps", 4, "--threshold", 0.5], "γ 4, η 0.5 "), (["--width", 2], "γ 1, η 0 "),
-    (["--exit-layer", 3], "exit layer 3, γ 2, η 0 "), (["--adapter", "random"], "exit layer 2, γ 6, η 0.6 ")])
+@pytest.mark.parametrize("args, settings", [([], "γ 2, η 0 "),
+                                            (["--steps", 4, "--threshold", 0.5], "γ 4, η 0.5 "),
+                                            (["--width", 2], "γ 1, η 0 "),
+                                            (["--exit-layer", 3], "exit layer 3, γ 2, η 0 "),
+                                            (["--adapter", "random"], "exit layer 2, γ 6, η 0.6 ")])
 def test_flags_go_before_the_adapters_own_settings(cli, variant, args, settings):
-    """Guards the defaults that an adapter was tuned for: ignored, or stronger than what the user asks for."""
+    """Guards the defaults that an adapter was tuned for: ignored, or stronger than what the user
+    asks for."""
     folder = variant()
     edit(folder / "adapter" / "config.json", steps=2, threshold=0)
     status, _, err = cli("--model", folder, *args)
@@ -611,12 +735,13 @@ def test_flags_go_before_the_adapters_own_settings(cli, variant, args, settings)
 
 @pytest.mark.parametrize("width", [1, 3, 64])
 def test_any_width_decodes(decode, width):
-    """Guards --width: 1 is the plain baseline that a benchmark compares with, 64 fills a whole block."""
+    """Guards --width: 1 is the plain baseline that a benchmark compares with, 64 fills a whole
+    block."""
     assert decode("--width", width, "--drafter", "none", "--steps", 0)["rounds"] == 24
     assert width == 1 or decode("--width", width, "--compare", "--threshold", 0)["identical"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The process
 
 @pytest.fixture
@@ -625,9 +750,11 @@ def start(variant):
     folder, processes = variant(max_position_embeddings=200_000), []
 
     def run():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a background job would ignore it
+        signal.signal(signal.SIGINT,
+                      signal.default_int_handler)  # a child of a background job would ignore it
         words = [sys.executable, SCRIPT, *arguments(folder, PROMPT, ["--max-new-tokens", 200_000])]
-        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0))
+        processes.append(
+            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0))
         return processes[-1]
     yield run
     for process in processes:
@@ -656,7 +783,8 @@ def test_interrupt_ends_quietly(start):
 
 
 def test_a_pipe_closed_before_the_summary_ends_quietly(cli, monkeypatch):
-    """Guards the last line: left in a buffer, it fails when the interpreter exits, with an ugly message and status 120."""
+    """Guards the last line: left in a buffer, it fails when the interpreter exits, with an ugly
+    message and status 120."""
     reader, writer = os.pipe()
     monkeypatch.setattr(kangaroo, "summary", lambda results: os.close(reader) or "summary")
     monkeypatch.setattr(sys, "stdout", open(writer, "w", encoding="utf-8"))
@@ -664,16 +792,19 @@ def test_a_pipe_closed_before_the_summary_ends_quietly(cli, monkeypatch):
 
 
 def test_runs_from_another_directory(model, tmp_path):
-    """Guards the imports and relative paths: of the program beside its own modules, of the model where the user is."""
+    """Guards the imports and relative paths: of the program beside its own modules, of the model
+    where the user is."""
     words = [sys.executable, SCRIPT, *arguments("model", PROMPT, ["--json", "--compare"])]
-    done = subprocess.run(words, cwd=model.parent, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(words, cwd=model.parent, capture_output=True, text=True, encoding="utf-8",
+                          timeout=60)
     assert done.returncode == 0 and json.loads(done.stdout)["identical"], done.stderr
 
 
 @pytest.mark.parametrize("args", [["--max-new-tokens", "2"], ["--help"]], ids=["decode", "help"])
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_any_encoding_of_the_output_will_do(cli, monkeypatch, encoding, args):
-    """Guards against UnicodeEncodeError: a redirected output on Windows is cp1252, which has no ℓ, γ or η."""
+    """Guards against UnicodeEncodeError: a redirected output on Windows is cp1252, which has no ℓ,
+    γ or η."""
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
     try:

@@ -1,14 +1,18 @@
-"""The docs point at what is there: links, functions, tests and options that they name; their experiment runs."""
+"""The docs point at what is there: links, functions, tests and options that they name; their
+experiment runs."""
 import re
 from pathlib import Path
 
 import pytest
-
 import replay
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("**/*.py") if ".venv" not in path.parts}
+CODE = {
+    path: path.read_text(encoding="utf-8")
+    for path in ROOT.glob("**/*.py")
+    if ".venv" not in path.parts
+}
 
 
 def anchors(path):
@@ -29,8 +33,10 @@ def test_links_lead_somewhere(page):
         assert file.exists() and ROOT in [file, *file.parents], f"{page.name}: {target}"
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
         symbols = re.findall(r"`([A-Za-z_][\w.]*)`", label) if file.suffix == ".py" else []
-        for part in (part for symbol in symbols if not symbol.endswith(".py") for part in symbol.split(".")):
-            assert re.search(rf"^ *(class|def) {part}\b", CODE[file], re.MULTILINE), f"{page.name}: {label}"
+        for part in (part for symbol in symbols if not symbol.endswith(".py")
+                     for part in symbol.split(".")):
+            assert re.search(rf"^ *(class|def) {part}\b", CODE[file],
+                             re.MULTILINE), f"{page.name}: {label}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -39,20 +45,26 @@ def test_names_exist(page):
     text, everything = page.read_text(encoding="utf-8"), "\n".join(CODE.values())
     for test in re.findall(r"\btest_\w+\b(?!\.py)", text):
         assert f"def {test}(" in everything, f"{page.name}: {test}"
-    for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"(?m)^(pip|hf|torchrun|python -m) .*$", "", text)):
-        assert f'"{option}"' in everything or option in ("--local-dir", "--nproc-per-node"), f"{page.name}: {option}"
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+",
+                             re.sub(r"(?m)^(pip|hf|torchrun|python -m) .*$", "", text)):
+        assert f'"{option}"' in everything or option in (
+            "--local-dir", "--nproc-per-node"), f"{page.name}: {option}"
 
 
 def test_the_experiment_runs(capsys):
-    """The ten lines of docs/lossless.md print a line a dtype and function; with one row nothing differs."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "lossless.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    """The ten lines of docs/lossless.md print a line a dtype and function; with one row nothing
+    differs."""
+    code = re.search(r"```python\n(.*?)```",
+                     (ROOT / "docs" / "lossless.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     exec(code, {})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and all(re.search(r"n = 1 … 8: \[0(, \d+){7}\] of \d+ values differ$", line) for line in lines)
+    assert len(lines) == 6 and all(
+        re.search(r"n = 1 … 8: \[0(, \d+){7}\] of \d+ values differ$", line) for line in lines)
 
 
 def test_the_pictures_are_self_contained():
-    """SVG files without scripts, fonts or images from elsewhere, with a title for screen readers and colours for the dark."""
+    """SVG files without scripts, fonts or images from elsewhere, with a title for screen readers
+    and colours for the dark."""
     pictures = list((ROOT / "docs").glob("*.svg"))
     assert pictures
     for path in pictures:

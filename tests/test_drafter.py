@@ -1,20 +1,32 @@
-"""The second oracle: what the drafter drafts. A losslessness test cannot see a broken drafter, only a slow one."""
+"""The second oracle: what the drafter drafts. A losslessness test cannot see a broken drafter, only
+a slow one."""
 import random
 from dataclasses import replace
 from math import ceil
 
 import pytest
 import torch
-from helpers import DEVICES, TINY, NoisyAdapter, PerfectAdapter, block, random_adapter, random_model, samplers
+from helpers import (
+    DEVICES,
+    TINY,
+    NoisyAdapter,
+    PerfectAdapter,
+    block,
+    random_adapter,
+    random_model,
+    samplers,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo import KangarooDrafter, NoDrafter, PromptLookupDrafter, generate
+from drafters.lookup import PromptLookupDrafter
+from kangaroo import KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, generate_naive
 
 
 class CheckedDrafter:
-    """In every round, compares the draft with that of a fresh drafter which is prefilled with ids[:-1]."""
+    """In every round, compares the draft with that of a fresh drafter which is prefilled with
+    ids[:-1]."""
 
     def __init__(self, make):
         self.make, self.inner = make, make()
@@ -22,38 +34,49 @@ class CheckedDrafter:
 
     def draft(self, ids, n_max, cache):
         draft, fresh = self.inner.draft(ids, n_max, cache), self.make()
-        fresh_cache = KVCache.zeros(fresh.model.config, len(fresh.model.layers), cache.length, cache.k[0])
+        fresh_cache = KVCache.zeros(fresh.model.config, len(fresh.model.layers), cache.length,
+                                    cache.k[0])
         fresh.prefill(ids[:-1], fresh_cache)
         expected = fresh.draft(ids, n_max, fresh_cache)
         assert draft.tokens == expected.tokens and draft.parents == expected.parents
         # float64: a prefill and single steps round differently, by nothing that matters here
         assert torch.allclose(draft.hidden, expected.hidden, atol=1e-9)
-        assert torch.allclose(torch.tensor(draft.confidence), torch.tensor(expected.confidence), atol=1e-9)
+        assert torch.allclose(torch.tensor(draft.confidence), torch.tensor(expected.confidence),
+                              atol=1e-9)
         return draft
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(1, 7),
-       threshold=st.sampled_from([0.0, 0.3, 0.6]), prompt_length=st.integers(1, 20), exit_layer=st.integers(0, 3),
-       width=st.sampled_from([2, 4, 8]))
+@given(seed=st.integers(0, 999),
+       kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(
+           1, 7), threshold=st.sampled_from([0.0, 0.3, 0.6]), prompt_length=st.integers(1, 20),
+       exit_layer=st.integers(0, 3), width=st.sampled_from([2, 4, 8]))
 @settings(max_examples=60)
-def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold, prompt_length, exit_layer, width):
-    """Guards the adapter's cache: positions off by one, rejected rows kept, a row missing after a full accept or an edge."""
+def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold,
+                                                prompt_length, exit_layer, width):
+    """Guards the adapter's cache: positions off by one, rejected rows kept, a row missing after a
+    full accept or an edge."""
     with block(16):
         model = random_model(TINY, seed, torch.float64, device=device)
-        adapter = {"random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter, "noisy": NoisyAdapter}[kind](
-            model, exit_layer)
-        checked = CheckedDrafter(lambda: KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width))
+        adapter = {
+            "random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter,
+            "noisy": NoisyAdapter
+        }[kind](model, exit_layer)
+        checked = CheckedDrafter(
+            lambda: KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width))
         prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
-        rounds = list(generate(model, checked, prompt, 30, min(steps, width - 1), sampler, width=width))
+        rounds = list(
+            generate(model, checked, prompt, 30, min(steps, width - 1), sampler, width=width))
         assert sum(len(r.tokens) for r in rounds) == 30
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40), exit_layer=st.integers(0, 3), sampler=samplers)
+@given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40),
+       exit_layer=st.integers(0, 3), sampler=samplers)
 @settings(max_examples=40)
 def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer, sampler):
-    """N tokens in exactly ⌈N / (γ + 1)⌉ rounds; a lost or stale adapter row costs rounds. Half as many mean a wrong count."""
+    """N tokens in exactly ⌈N / (γ + 1)⌉ rounds; a lost or stale adapter row costs rounds. Half as
+    many mean a wrong count."""
     model = random_model(TINY, seed, torch.float64, device)
     drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler)
     with block(64):
@@ -66,21 +89,30 @@ def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer
 @given(seed=st.integers(0, 999), n=st.integers(1, 20))
 @settings(max_examples=25)
 def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n):
-    """Who drafts what the target likes least has nothing accepted; test_lossless.py shows that the text is the target's."""
+    """Who drafts what the target likes least has nothing accepted; test_lossless.py shows that the
+    text is the target's."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    rounds = list(generate(model, KangarooDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler()), [1], n))
+    rounds = list(
+        generate(model, KangarooDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler()), [1],
+                 n))
     assert len(rounds) == n and not any(r.accepted for r in rounds)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), sampler=samplers, prompt_length=st.integers(1, 30), tied=st.booleans())
+@given(seed=st.integers(0, 999), sampler=samplers, prompt_length=st.integers(1, 30),
+       tied=st.booleans())
 @settings(max_examples=30)
 def test_the_cached_step_agrees_with_the_definition(device, seed, sampler, prompt_length, tied):
-    """Third oracle: vanilla decoding through cache, blocks and padding gives the tokens of ten lines without any of them."""
-    model = random_model(replace(TINY, tie_word_embeddings=tied), seed, torch.float64, device=device)
+    """Third oracle: vanilla decoding through cache, blocks and padding gives the tokens of ten
+    lines without any of them."""
+    model = random_model(replace(TINY, tie_word_embeddings=tied), seed, torch.float64,
+                         device=device)
     prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
     with block(16):
-        cached = [token for r in generate(model, NoDrafter(model), prompt, 25, sampler=sampler) for token in r.tokens]
+        cached = [
+            token for r in generate(model, NoDrafter(model), prompt, 25, sampler=sampler)
+            for token in r.tokens
+        ]
     assert cached == generate_naive(model, prompt, 25, sampler)
 
 
@@ -97,11 +129,14 @@ def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("threshold, length", [(0.0, 6), (1.0, 1), (1.5, 1)])
 def test_the_second_early_exit(threshold, length):
-    """η = 0 never stops a draft; at η ≥ 1 every draft stops after its first token, which is still verified."""
+    """η = 0 never stops a draft; at η ≥ 1 every draft stops after its first token, which is still
+    verified."""
     model = random_model()
     drafter = KangarooDrafter(model, random_adapter(model), 1, threshold)
     rounds = list(generate(model, drafter, [1, 2, 3], 30))
-    assert all(len(r.draft.tokens) == min(length, 30 - i - 1) for i, r in zip(starts(rounds), rounds, strict=True))
+    assert all(
+        len(r.draft.tokens) == min(length, 30 - i - 1)
+        for i, r in zip(starts(rounds), rounds, strict=True))
 
 
 def starts(rounds):
@@ -110,7 +145,8 @@ def starts(rounds):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(threshold=st.floats(0.05, 0.95), temperature=st.sampled_from([0.0, 0.5, 3.0]), seed=st.integers(0, 99))
+@given(threshold=st.floats(0.05, 0.95), temperature=st.sampled_from([0.0, 0.5, 3.0]),
+       seed=st.integers(0, 99))
 @settings(max_examples=30)
 def test_a_draft_ends_with_its_first_unsure_token(device, threshold, temperature, seed):
     """Exactly the last token of a draft may be at or below η, at the temperature in force."""
@@ -129,15 +165,18 @@ def test_confidence_is_taken_at_the_temperature_in_force():
     for temperature in (0.1, 1.0, 10.0):
         sampler = Sampler(temperature)
         drafter = KangarooDrafter(model, PerfectAdapter(model, 1), 1, 0, sampler)
-        sure[temperature] = next(generate(model, drafter, [1, 2, 3], 9, sampler=sampler)).draft.confidence[0]
+        sure[temperature] = next(generate(model, drafter, [1, 2, 3], 9,
+                                          sampler=sampler)).draft.confidence[0]
     logits = model(torch.tensor([[1, 2, 3]]))[0, -1].double()
     for temperature, probability in sure.items():
-        assert probability == pytest.approx((logits / temperature).softmax(-1).max().item(), rel=1e-4)
+        assert probability == pytest.approx((logits / temperature).softmax(-1).max().item(),
+                                            rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["random", "perfect", "noisy"])
 def test_nothing_of_the_shallow_layers_is_computed_twice(kind, monkeypatch):
-    """A round runs the shallow layers once for each of its tokens and the deep ones once; prefill runs each layer once."""
+    """A round runs the shallow layers once for each of its tokens and the deep ones once; prefill
+    runs each layer once."""
     model = random_model()
     calls = [0] * 4
     forward = type(model.layers[0]).forward
@@ -146,10 +185,14 @@ def test_nothing_of_the_shallow_layers_is_computed_twice(kind, monkeypatch):
         calls[layer] += 1
         return forward(self, x, rows, cache, layer)
 
-    adapter = {"random": lambda: random_adapter(model), "perfect": lambda: PerfectAdapter(random_model(), 2),
-               "noisy": lambda: NoisyAdapter(random_model(), 2)}[kind]()
+    adapter = {
+        "random": lambda: random_adapter(model),
+        "perfect": lambda: PerfectAdapter(random_model(), 2),
+        "noisy": lambda: NoisyAdapter(random_model(), 2)
+    }[kind]()
     monkeypatch.setattr(type(model.layers[0]), "forward", count)
-    monkeypatch.setattr("helpers.PerfectAdapter.__call__", uncounted(calls, PerfectAdapter.__call__))
+    monkeypatch.setattr("helpers.PerfectAdapter.__call__", uncounted(calls,
+                                                                     PerfectAdapter.__call__))
     rounds = list(generate(model, KangarooDrafter(model, adapter, 2, 0.2), [1, 2, 3], 30))
     tokens_run = sum(1 + len(r.draft.tokens) for r in rounds)
     assert calls == [1 + tokens_run, 1 + tokens_run, 1 + len(rounds), 1 + len(rounds)]
@@ -167,20 +210,28 @@ def uncounted(calls, function):
 
 @pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo", "tree"])
 def test_host_syncs(kind, monkeypatch):
-    """One a drafted token (in a tree: one for all open nodes) and one a round: each more costs a GPU its queue."""
+    """One a drafted token (in a tree: one for all open nodes) and one a round: each more costs a
+    GPU its queue."""
     model, sampler, levels = random_model(), Sampler(0.7, 5, 0.9), []
     width = 16 if kind == "tree" else 8
-    drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter,
-               "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, sampler),
-               "tree": lambda m: KangarooDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3)}[kind](model)
+    drafter = {
+        "none": NoDrafter, "lookup": PromptLookupDrafter,
+        "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, sampler),
+        "tree": lambda m: KangarooDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3)
+    }[kind](model)
     if kind in ("kangaroo", "tree"):
         children = drafter.children
         drafter.children = lambda *args: levels.append(1) or children(*args)
     syncs = []
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy",
+                 "nonzero"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda *args, original=original: (syncs.append(original), original(*args))[1])
-    rounds = list(generate(model, drafter, [1, 2, 3, 2, 3, 1, 2], 30, sampler=Sampler(0.7, 5, 0.9), width=width))
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, original=original:
+            (syncs.append(original), original(*args))[1])
+    rounds = list(
+        generate(model, drafter, [1, 2, 3, 2, 3, 1, 2], 30, sampler=Sampler(0.7, 5, 0.9),
+                 width=width))
     assert len(syncs) == len(rounds) + len(levels)
     assert kind != "kangaroo" or len(levels) == sum(len(r.draft.tokens) for r in rounds)
     assert kind != "tree" or len(levels) < sum(len(r.draft.tokens) for r in rounds)

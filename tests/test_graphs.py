@@ -1,4 +1,5 @@
-"""CUDA graphs: their logic on any machine, with a stand-in that runs what it recorded; the real ones where there is a GPU."""
+"""CUDA graphs: their logic on any machine, with a stand-in that runs what it recorded; the real
+ones where there is a GPU."""
 import gc
 import random
 import warnings
@@ -21,7 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama
-from graphs import (
+from drafters.lookup import PromptLookupDrafter
+from kangaroo import KangarooDrafter, NoDrafter, generate
+from llama import KVCache, Sampler, one_shape
+from support.command_line import parse_arguments
+from support.decoder import Decoder
+from support.graphs import (
     CudaRecorder,
     GraphedAdapter,
     GraphedLlama,
@@ -31,15 +37,14 @@ from graphs import (
     fuse_pointwise,
     graph_drafter,
 )
-from kangaroo import Decoder, KangarooDrafter, NoDrafter, PromptLookupDrafter, generate, parse_arguments
-from llama import KVCache, Sampler, one_shape
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 class StandIn:
-    """Records without a GPU. `functions` holds what was recorded, `replays` counts. As on a GPU, a recording's outputs are
-    memory that later replays overwrite: here at once, with garbage, so that whoever keeps it without copying is found out."""
+    """Records without a GPU. `functions` holds what was recorded, `replays` counts. As on a GPU, a
+    recording's outputs are memory that later replays overwrite: here at once, with garbage, so that
+    whoever keeps it without copying is found out."""
 
     def __init__(self):
         self.functions, self.replays, self.outputs = [], 0, []
@@ -53,7 +58,8 @@ class StandIn:
             self.replays += 1
             for static in self.outputs:
                 for tensor in static:
-                    if not any(tensor is x for x in inputs):  # no layers at all hand on what they were given
+                    if not any(tensor is x
+                               for x in inputs):  # no layers at all hand on what they were given
                         tensor.fill_(77)
             replay()
         return counted, outputs
@@ -62,18 +68,23 @@ class StandIn:
 ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1), "perfect": PerfectAdapter}
 
 
-def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, candidates=1, **options):
-    """(ids, the target's KV cache, the adapter's, drafts). A graphed model decodes with graphs, another without."""
+def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, candidates=1,
+           **options):
+    """(ids, the target's KV cache, the adapter's, drafts). A graphed model decodes with graphs,
+    another without."""
     graphed = isinstance(model, GraphedLlama)
     if kind == "kangaroo":
         adapter = GraphedAdapter(adapter, model) if graphed else adapter
-        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, options["sampler"], options["width"], candidates)
+        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, options["sampler"],
+                                  options["width"], candidates)
         drafter = graph_drafter(drafter) if graphed else drafter
     else:
         drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
     cache = model.new_cache(len(prompt) + n + 2 * options["width"])
     rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
-    rows = [c.rows[:, :, :, :cache.length].clone() for c in (cache, getattr(drafter, "cache", cache))]
+    rows = [
+        c.rows[:, :, :, :cache.length].clone() for c in (cache, getattr(drafter, "cache", cache))
+    ]
     return [token for r in rounds for token in r.tokens], *rows, [r.draft.tokens for r in rounds]
 
 
@@ -83,22 +94,29 @@ def assert_same(on, off):
         assert torch.equal(a, b)
 
 
-@given(seed=st.integers(0, 999), sampler=samplers, dtype=st.sampled_from(DTYPES), exit_layer=st.integers(0, 3), data=st.data(),
-       kind=st.sampled_from(["none", "lookup", "kangaroo", "kangaroo"]), width=st.sampled_from([2, 4, 8, 12, 16]),
-       adapter=st.sampled_from(list(ADAPTERS)), packed=st.booleans(), threshold=st.sampled_from([0.0, 0.1, 0.6]))
+@given(seed=st.integers(0, 999), sampler=samplers, dtype=st.sampled_from(DTYPES),
+       exit_layer=st.integers(0, 3), data=st.data(), kind=st.sampled_from(
+           ["none", "lookup", "kangaroo",
+            "kangaroo"]), width=st.sampled_from([2, 4, 8, 12, 16]), adapter=st.sampled_from(
+                list(ADAPTERS)), packed=st.booleans(), threshold=st.sampled_from([0.0, 0.1, 0.6]))
 @settings(max_examples=40)
-def test_graphs_on_is_graphs_off(seed, sampler, dtype, exit_layer, data, kind, width, adapter, packed, threshold):
-    """Tokens, drafts and both caches, whole: one text after another through the same recordings, chains and trees mixed."""
+def test_graphs_on_is_graphs_off(seed, sampler, dtype, exit_layer, data, kind, width, adapter,
+                                 packed, threshold):
+    """Tokens, drafts and both caches, whole: one text after another through the same recordings,
+    chains and trees mixed."""
     with block(16):
         model = random_model(TINY, seed, dtype, packed_for=width if packed else None)
         graphed, source = GraphedLlama(model, (width,), StandIn()), random.Random(seed)
         adapter = ADAPTERS[adapter](model, exit_layer)
         for n in (5, 30, 17):  # the second text needs more room than the first left, the third less
             prompt = [source.randrange(40) for _ in range(data.draw(st.integers(1, 20), "prompt"))]
-            candidates = data.draw(st.sampled_from([1, 3] if width > llama.CHAIN_WIDTH else [1]), "K")
-            more = dict(adapter=adapter, exit_layer=exit_layer, threshold=threshold, candidates=candidates)
+            candidates = data.draw(st.sampled_from([1, 3] if width > llama.CHAIN_WIDTH else [1]),
+                                   "K")
+            more = dict(adapter=adapter, exit_layer=exit_layer, threshold=threshold,
+                        candidates=candidates)
             options = more | dict(sampler=sampler, steps=width - 1, width=width)
-            assert_same(decode(graphed, kind, prompt, n, **options), decode(model, kind, prompt, n, **options))
+            assert_same(decode(graphed, kind, prompt, n, **options),
+                        decode(model, kind, prompt, n, **options))
         assert graphed.graphs.record.replays
 
 
@@ -108,30 +126,38 @@ def recordings(graphed, name):
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_one_recording_per_view_made_when_first_needed(width):
-    """Buckets: a text's recordings are those of the views that it goes through, made once; a tree needs none of its own."""
+    """Buckets: a text's recordings are those of the views that it goes through, made once; a tree
+    needs none of its own."""
     with block(32):
         model, stand_in = random_model(), StandIn()
         graphed = GraphedLlama(model, (width,), stand_in)
         graphed.room = 200
         options = dict(sampler=Sampler(), width=width)
         assert not stand_in.functions
-        decode(graphed, "none", [1], 25 - width, **options)  # steps start at positions 0 … 24 − width
+        decode(graphed, "none", [1], 25 - width,
+               **options)  # steps start at positions 0 … 24 − width
         assert len(recordings(graphed, "layers")) == 1 and len(recordings(graphed, "logits")) == 1
-        decode(graphed, "none", [1], 26 + 32 - width, **options)  # and up to 57 − width: views of 32 and 64
+        decode(graphed, "none", [1], 26 + 32 - width,
+               **options)  # and up to 57 − width: views of 32 and 64
         assert len(recordings(graphed, "layers")) == 2 and len(recordings(graphed, "logits")) == 1
         before = len(stand_in.functions)
         decode(graphed, "none", [2, 3], 30, **options)
         decode(graphed, "lookup", [2, 3, 2, 3], 30, **options)
         assert len(stand_in.functions) == before == 3 and stand_in.replays > 100
         for candidates in (1, 3) if width > llama.CHAIN_WIDTH else (1, 1):
-            decode(graphed, "kangaroo", [1], 25, random_adapter(model), 1, 0.0, candidates, **options)
-            assert {key[0] for key in recordings(graphed, "layers")} == {("layers", 0, 4), ("layers", 0, 1), ("layers", 1, 4)}
+            decode(graphed, "kangaroo", [1], 25, random_adapter(model), 1, 0.0, candidates,
+                   **options)
+            assert {key[0]
+                    for key in recordings(graphed, "layers")} == {("layers", 0, 4),
+                                                                  ("layers", 0, 1),
+                                                                  ("layers", 1, 4)}
             shallow = [key for key in recordings(graphed, "layers") if key[0] == ("layers", 0, 1)]
             assert len(shallow) == len({key[2] for key in shallow})  # a tree needs none of its own
 
 
 def test_memory_is_reused_until_it_is_too_small():
-    """The KV cache that recordings know serves the next text, zeroed; a longer one gets more and the old recordings go."""
+    """The KV cache that recordings know serves the next text, zeroed; a longer one gets more and
+    the old recordings go."""
     with block(16):
         model, stand_in = random_model(), StandIn()
         graphed = GraphedLlama(model, (8,), stand_in)
@@ -164,23 +190,32 @@ def test_two_texts_at_once():
     for a, b in zip(*both):
         tokens[0] += a.tokens
         tokens[1] += b.tokens
-    assert tokens == [[t for r in generate(model, NoDrafter(model), p, 20) for t in r.tokens] for p in ([1, 2], [3, 4, 5])]
+    assert tokens == [[t
+                       for r in generate(model, NoDrafter(model), p, 20)
+                       for t in r.tokens]
+                      for p in ([1, 2], [3, 4, 5])]
 
 
 def test_static_buffers():
-    """Inputs are copied in before each replay, outputs out after it; the caller's tensors are never the recording's."""
+    """Inputs are copied in before each replay, outputs out after it; the caller's tensors are never
+    the recording's."""
     stand_in = StandIn()
     graphs, x = Graphs(stand_in), torch.ones(3)
     first = graphs.run("double", lambda x: (2 * x,), x)[0]
-    second = graphs.run("double", lambda x: (0 * x,), 5 * x)[0]  # the recording counts, not the function of the second call
-    assert first.tolist() == [2, 2, 2] and second.tolist() == [10, 10, 10] and x.tolist() == [1, 1, 1]
+    second = graphs.run("double", lambda x: (0 * x,),
+                        5 * x)[0]  # the recording counts, not the function of the second call
+    assert first.tolist() == [2, 2, 2] and second.tolist() == [10, 10, 10
+                                                               ] and x.tolist() == [1, 1, 1]
     assert len(stand_in.functions) == 1 and stand_in.replays == 2
     static = graphs.recordings["double"][1][0]
-    assert static is not x and not any(out.data_ptr() == y.data_ptr() for out in stand_in.outputs[0] for y in (first, second))
+    assert static is not x and not any(out.data_ptr() == y.data_ptr()
+                                       for out in stand_in.outputs[0]
+                                       for y in (first, second))
 
 
 def test_padding_and_other_shapes():
-    """A step is recorded at its padded shape whatever is live; a pass of other than `width` rows, as prefill's, is not."""
+    """A step is recorded at its padded shape whatever is live; a pass of other than `width` rows,
+    as prefill's, is not."""
     model, stand_in = random_model(), StandIn()
     graphed = GraphedLlama(model, (8,), stand_in)
     cache = graphed.new_cache(50)
@@ -189,13 +224,15 @@ def test_padding_and_other_shapes():
         assert torch.equal(graphed.run_layers(*x, 0, 4), model.run_layers(*x, 0, 4))
     assert len(stand_in.functions) == 1
     graphed.run_layers(model.embed([1, 2, 3]), torch.arange(3), cache, 0, 4)
-    graphed.run_layers(model.embed(list(range(8))), torch.arange(8), KVCache.zeros(TINY, 4, 64, cache.rows), 0, 4)
+    graphed.run_layers(model.embed(list(range(8))), torch.arange(8),
+                       KVCache.zeros(TINY, 4, 64, cache.rows), 0, 4)
     graphed.logits(model.embed([1, 2, 3]))
     assert len(stand_in.functions) == 1
 
 
 def test_what_a_recording_depends_on_is_in_its_key():
-    """Temperature, candidates and adapter are Python values inside `predict`: another value, another recording."""
+    """Temperature, candidates and adapter are Python values inside `predict`: another value,
+    another recording."""
     model, stand_in = random_model(), StandIn()
     graphed = GraphedLlama(model, (16,), stand_in)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
@@ -203,7 +240,8 @@ def test_what_a_recording_depends_on_is_in_its_key():
         adapter.draft_from(torch.arange(10 + len(stand_in.functions)), model.lm_head)
         for temperature in (0.0, 2.0):
             for candidates in (1, 4):
-                drafter = KangarooDrafter(graphed, adapter, 1, 0, Sampler(temperature), 16, candidates)
+                drafter = KangarooDrafter(graphed, adapter, 1, 0, Sampler(temperature), 16,
+                                          candidates)
                 plain = drafter.predict(x)
                 for a, b in zip(graph_drafter(drafter).predict(x), plain, strict=True):
                     assert torch.equal(a, b)
@@ -211,29 +249,36 @@ def test_what_a_recording_depends_on_is_in_its_key():
 
 
 def test_attention_by_group_is_attention():
-    """The GPU's attention, up to rounding: rows of the heads of a group side by side, each with its own mask."""
+    """The GPU's attention, up to rounding: rows of the heads of a group side by side, each with its
+    own mask."""
     generator = torch.Generator().manual_seed(0)
     for heads, kv_heads in ((4, 4), (6, 2), (3, 1)):
-        q, k, v = (torch.randn(1, n, h, 8, generator=generator).double() for n, h in ((5, heads), (32, kv_heads), (32, kv_heads)))
-        mask = torch.where(torch.arange(32) > torch.arange(9, 14)[:, None], -torch.inf, 0.0).double()
+        q, k, v = (torch.randn(1, n, h, 8, generator=generator).double()
+                   for n, h in ((5, heads), (32, kv_heads), (32, kv_heads)))
+        mask = torch.where(torch.arange(32) > torch.arange(9, 14)[:, None], -torch.inf,
+                           0.0).double()
         rows = llama.Rows(None, None, None, mask, None)
-        assert torch.allclose(llama.attend_by_group(q, k, v, rows), llama.attend(q, k, v, rows), atol=1e-12)
+        assert torch.allclose(llama.attend_by_group(q, k, v, rows), llama.attend(q, k, v, rows),
+                              atol=1e-12)
 
 
 def test_compiled_pointwise_operations_are_the_same_functions(monkeypatch):
-    """`fuse_pointwise` without a compiler behind it: the same values, at every shape; twice is once."""
+    """`fuse_pointwise` without a compiler behind it: the same values, at every shape; twice is
+    once."""
     x, y = torch.randn(1, 8, 3, 16), torch.randn(8, 1, 16)
     expected = llama.rotate(x, y, y), llama.silu_and_multiply(x)
     for name in ("rotate", "silu_and_multiply"):
         monkeypatch.setattr(llama, name, getattr(llama, name))
     for _ in range(2):
         fuse_pointwise(backend="eager")
-        assert torch.equal(llama.rotate(x, y, y), expected[0]) and torch.equal(llama.silu_and_multiply(x), expected[1])
+        assert torch.equal(llama.rotate(x, y, y), expected[0]) and torch.equal(
+            llama.silu_and_multiply(x), expected[1])
 
 
 @pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
 def test_no_copy_from_pageable_memory(width, candidates):
-    """Such a copy may make the host wait for a GPU's whole queue: all data goes to the device through `to_device`."""
+    """Such a copy may make the host wait for a GPU's whole queue: all data goes to the device
+    through `to_device`."""
     model, ways = random_model(), []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -248,12 +293,14 @@ def test_no_copy_from_pageable_memory(width, candidates):
                 ways.append(("tensor", args))
             return function(*args, **kwargs or {})
 
-    drafter = KangarooDrafter(model, PerfectAdapter(model, 1), 1, 0.02, Sampler(0.7, 5, 0.9), width, candidates)
+    drafter = KangarooDrafter(model, PerfectAdapter(model, 1), 1, 0.02, Sampler(0.7, 5, 0.9), width,
+                              candidates)
     model(torch.tensor([[1, 2]]))  # RoPE's frequencies go to the device once
     with Watch():
         rounds = list(generate(model, drafter, [1, 2, 3], 30, 5, Sampler(0.7, 5, 0.9), width=width))
     assert all(way == ("to", {"non_blocking": True}) for way in ways) and ways
-    assert any(r.path != list(range(1, 1 + len(r.path))) for r in rounds) == (candidates > 1)  # `keep` had something to move
+    assert any(r.path != list(range(1, 1 + len(r.path)))
+               for r in rounds) == (candidates > 1)  # `keep` had something to move
 
 
 def test_tf32_is_off_unless_asked_for():
@@ -265,39 +312,53 @@ def test_tf32_is_off_unless_asked_for():
         assert not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_fp16_reduced_precision_reduction
 
 
-@pytest.mark.parametrize("more", [[], ["--temperature", "0.8", "--seed", "3"], ["--tree", "--top-candidates", "3"]],
-                         ids=["greedy", "sampled", "tree"])
+@pytest.mark.parametrize(
+    "more", [[], ["--temperature", "0.8", "--seed", "3"], ["--tree", "--top-candidates", "3"]],
+    ids=["greedy", "sampled", "tree"])
 def test_the_command_line_with_graphs(more, tmp_path):
-    """`Decoder` decodes the same with graphs, drafting and vanilla, and says at the start which views will be recorded."""
+    """`Decoder` decodes the same with graphs, drafting and vanilla, and says at the start which
+    views will be recorded."""
     write_adapter(tmp_path / "model" / "adapter", write_model(tmp_path / "model"))
-    args = parse_arguments(["--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40",
-                            "--prompt", "-", *more])
+    args = parse_arguments([
+        "--model",
+        str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40",
+        "--prompt", "-", *more
+    ])
     plain, graphed = Decoder(args), Decoder(args)
     graphed.use_graphs(StandIn())
-    prompts = [plain.encode(text) for text in ("Once upon a time", "A much longer prompt: " + "the kangaroo jumped. " * 8)]
+    prompts = [
+        plain.encode(text)
+        for text in ("Once upon a time", "A much longer prompt: " + "the kangaroo jumped. " * 8)
+    ]
     graphed.make_room(prompts)
     assert "CUDA graphs for views of 64, 128" in graphed.settings and "CUDA" not in plain.settings
     for ids in prompts:
-        assert graphed.decode(ids, lambda *_: None)["ids"] == plain.decode(ids, lambda *_: None)["ids"]
-        assert graphed.decode_vanilla(ids)["vanilla_ids"] == plain.decode_vanilla(ids)["vanilla_ids"]
+        assert graphed.decode(ids, lambda *_: None)["ids"] == plain.decode(ids,
+                                                                           lambda *_: None)["ids"]
+        assert graphed.decode_vanilla(ids)["vanilla_ids"] == plain.decode_vanilla(
+            ids)["vanilla_ids"]
     assert graphed.model.graphs.record.replays > 100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a GPU
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.95, 1)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("width, candidates", [(8, 1), (16, 1), (16, 3)], ids=["chain", "wide", "tree"])
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.95, 1)],
+                         ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width, candidates", [(8, 1), (16, 1), (16, 3)],
+                         ids=["chain", "wide", "tree"])
 @pytest.mark.parametrize("group", [1, 2])
 def test_cuda_graphs_on_is_graphs_off(dtype, sampler, width, candidates, group):
-    """The real thing: tokens, drafts and both caches, whole, and equal to vanilla decoding with graphs."""
-    config = replace(TINY, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4 // group,
-                     head_dim=64, vocab_size=2000)
+    """The real thing: tokens, drafts and both caches, whole, and equal to vanilla decoding with
+    graphs."""
+    config = replace(TINY, hidden_size=256, intermediate_size=512, num_attention_heads=4,
+                     num_key_value_heads=4 // group, head_dim=64, vocab_size=2000)
     model = random_model(config, 3, dtype, "cuda")
     graphed, adapter = GraphedLlama(model, (width,)), random_adapter(model)
-    options = dict(adapter=adapter, sampler=sampler, steps=width - 1, width=width, candidates=candidates)
+    options = dict(adapter=adapter, sampler=sampler, steps=width - 1, width=width,
+                   candidates=candidates)
     for n in (20, 150):
         on, off = (decode(m, "kangaroo", [5, 6, 7], n, **options) for m in (graphed, model))
         assert_same(on, off)
@@ -311,9 +372,12 @@ def test_cuda_host_syncs(width, candidates):
     """PyTorch's own count: one a round and one a draft step, nothing hidden."""
     model = random_model(TINY, 0, torch.float32, "cuda")
     graphed, steps = GraphedLlama(model, (width,)), []
-    options = dict(adapter=random_adapter(model), threshold=0.0, sampler=Sampler(0.7, 5, 0.9), steps=5, width=width)
-    decode(graphed, "kangaroo", [1, 2, 3], 40, candidates=candidates, **options)  # recording synchronises
-    drafter = KangarooDrafter(graphed, GraphedAdapter(options["adapter"], graphed), 1, 0.0, options["sampler"], width, candidates)
+    options = dict(adapter=random_adapter(model), threshold=0.0, sampler=Sampler(0.7, 5, 0.9),
+                   steps=5, width=width)
+    decode(graphed, "kangaroo", [1, 2, 3], 40, candidates=candidates,
+           **options)  # recording synchronises
+    drafter = KangarooDrafter(graphed, GraphedAdapter(options["adapter"], graphed), 1, 0.0,
+                              options["sampler"], width, candidates)
     children = drafter.children
     drafter.children = lambda *args: steps.append(1) or children(*args)
     graph_drafter(drafter)
@@ -321,7 +385,8 @@ def test_cuda_host_syncs(width, candidates):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            rounds = list(generate(graphed, drafter, [1, 2, 3], 40, 5, options["sampler"], width=width))
+            rounds = list(
+                generate(graphed, drafter, [1, 2, 3], 40, 5, options["sampler"], width=width))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchroniz" in str(w.message) for w in caught) == len(rounds) + len(steps)

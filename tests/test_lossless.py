@@ -1,17 +1,30 @@
-"""The first oracle: with any drafter, ids, logits and KV cache equal vanilla decoding's, bit for bit (torch.equal).
+"""The first oracle: with any drafter, ids, logits and KV cache equal vanilla decoding's, bit for
+bit (torch.equal).
 
-A falsifying example is printed by hypothesis with all its numbers, the seeds among them; weights and prompts follow from these.
+A falsifying example is printed by hypothesis with all its numbers, the seeds among them; weights
+and prompts follow from these.
 """
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DEVICES, DTYPES, TINY, NoisyAdapter, PerfectAdapter, block, random_adapter, random_model, samplers
+from helpers import (
+    DEVICES,
+    DTYPES,
+    TINY,
+    NoisyAdapter,
+    PerfectAdapter,
+    block,
+    random_adapter,
+    random_model,
+    samplers,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kangaroo import Draft, KangarooDrafter, NoDrafter, PromptLookupDrafter, generate
+from drafters.lookup import PromptLookupDrafter
+from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, one_shape, room_for_draft, rows_are_alike
 
 
@@ -32,8 +45,12 @@ class RandomDrafter(NoDrafter):
         return Draft(tokens, self.model.embed(ids[-1:] + tokens))
 
 
-ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1), "perfect": PerfectAdapter, "noisy": NoisyAdapter,
-            "adversarial": lambda model, exit_layer: PerfectAdapter(model, exit_layer, -1), "nan": NanAdapter}
+ADAPTERS = {
+    "random": lambda model, exit_layer: random_adapter(model, 1), "perfect": PerfectAdapter,
+    "noisy": NoisyAdapter,
+    "adversarial": lambda model, exit_layer: PerfectAdapter(model, exit_layer, -1),
+    "nan": NanAdapter
+}
 
 
 def make_drafter(kind, model, exit_layer, threshold, sampler, width):
@@ -41,19 +58,24 @@ def make_drafter(kind, model, exit_layer, threshold, sampler, width):
         return PromptLookupDrafter(model)
     if kind == "any tokens":
         return RandomDrafter(model, 3)
-    return KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold, sampler, width)
+    return KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold, sampler,
+                           width)
 
 
 def decode(model, drafter, prompt, n, garbage=0.0, **options):
-    """(ids, the logits that chose each of them, KV cache, rounds); the cache starts full of `garbage`."""
-    cache = KVCache.zeros(model.config, len(model.layers), len(prompt) + n + 2 * options["width"], model.norm.weight)
+    """(ids, the logits that chose each of them, KV cache, rounds); the cache starts full of
+    `garbage`."""
+    cache = KVCache.zeros(model.config, len(model.layers),
+                          len(prompt) + n + 2 * options["width"], model.norm.weight)
     for rows in cache.k + cache.v:
         rows.fill_(garbage)
     seen, logits = [], type(model).logits
     model.logits = lambda h: seen.append(logits(model, h)) or seen[-1]
     rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
     del model.logits
-    rows = [verified[0, [0, *r.path][:len(r.tokens)]] for verified, r in zip(seen, rounds, strict=True)]
+    rows = [
+        verified[0, [0, *r.path][:len(r.tokens)]] for verified, r in zip(seen, rounds, strict=True)
+    ]
     return sum((r.tokens for r in rounds), []), torch.cat(rows), cache, rounds
 
 
@@ -68,21 +90,28 @@ def assert_equal_bits(model, prompt, a, b):
 
 @st.composite
 def configs(draw):
-    kv_heads, group, head_dim = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([4, 16]))
-    return replace(TINY, num_key_value_heads=kv_heads, num_attention_heads=kv_heads * group, head_dim=head_dim,
-                   hidden_size=draw(st.sampled_from([16, 48, 160])), num_hidden_layers=draw(st.integers(1, 5)),
-                   vocab_size=draw(st.sampled_from([5, 40, 300])), tie_word_embeddings=draw(st.booleans()),
+    kv_heads, group, head_dim = draw(st.sampled_from([1, 2,
+                                                      3])), draw(st.sampled_from([1, 2, 4])), draw(
+                                                          st.sampled_from([4, 16]))
+    return replace(TINY, num_key_value_heads=kv_heads, num_attention_heads=kv_heads * group,
+                   head_dim=head_dim, hidden_size=draw(st.sampled_from([16, 48, 160])),
+                   num_hidden_layers=draw(st.integers(1, 5)), vocab_size=draw(
+                       st.sampled_from([5, 40, 300])), tie_word_embeddings=draw(st.booleans()),
                    rope_type="linear", rope_scaling=(draw(st.sampled_from([1.0, 4.0])),))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from([*ADAPTERS, "lookup", "any tokens"]), sampler=samplers,
-       prompt_length=st.integers(1, 40), n=st.integers(1, 48), width=st.sampled_from([2, 4, 8, 16]), data=st.data(),
-       threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5]), packed=st.booleans(), eos=st.sets(st.integers(0, 39), max_size=2))
-def test_any_drafter_gives_the_bits_of_vanilla(
-        device, dtype, config, seed, kind, sampler, prompt_length, n, width, data, threshold, packed, eos):
-    """Guards everything: positions, rollback, catching up, one shape, one noise, EOS and length limits."""
+@given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
+    [*ADAPTERS, "lookup", "any tokens"]), sampler=samplers, prompt_length=st.integers(1, 40),
+       n=st.integers(1, 48), width=st.sampled_from([2, 4, 8, 16]), data=st.data(),
+       threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5]), packed=st.booleans(), eos=st.sets(
+           st.integers(0, 39), max_size=2))
+def test_any_drafter_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, sampler,
+                                               prompt_length, n, width, data, threshold, packed,
+                                               eos):
+    """Guards everything: positions, rollback, catching up, one shape, one noise, EOS and length
+    limits."""
     exit_layer = data.draw(st.integers(0, config.num_hidden_layers - 1), "exit layer")
     steps = data.draw(st.integers(0, width - 1), "γ")
     with block(data.draw(st.sampled_from([16, 32, 64]), "block")):
@@ -101,28 +130,33 @@ def test_any_drafter_gives_the_bits_of_vanilla(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_a_wide_model_with_long_drafts(device, dtype, packed):
-    """A model large enough that products of 1 and of 5 rows do round differently: catches a step that is not of one shape."""
-    config = replace(TINY, hidden_size=320, intermediate_size=768, num_attention_heads=10, num_key_value_heads=5, head_dim=32,
-                     num_hidden_layers=3, vocab_size=2000)
+    """A model large enough that products of 1 and of 5 rows do round differently: catches a step
+    that is not of one shape."""
+    config = replace(TINY, hidden_size=320, intermediate_size=768, num_attention_heads=10,
+                     num_key_value_heads=5, head_dim=32, num_hidden_layers=3, vocab_size=2000)
     model = random_model(config, 5, dtype, device, packed_for=8 if packed else None)
     prompt = [random.Random(5).randrange(2000) for _ in range(50)]
     vanilla = decode(model, NoDrafter(model), prompt, 80, width=8)
     for kind in ("perfect", "noisy", "any tokens"):
-        drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 80, steps=7, width=8)
+        drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 80, steps=7,
+                         width=8)
         assert_equal_bits(model, prompt, vanilla, drafted)
         assert any(r.accepted for r in drafted[3]) or kind == "any tokens"
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), kind=st.sampled_from(list(ADAPTERS)), sampler=samplers, short=st.integers(1, 30),
-       more=st.integers(1, 30))
+@given(seed=st.integers(0, 999), kind=st.sampled_from(list(ADAPTERS)), sampler=samplers,
+       short=st.integers(1, 30), more=st.integers(1, 30))
 @settings(max_examples=25)
 def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
-    """The budget sets the memory and the last draft's length, never a view: the same text, longer."""
+    """The budget sets the memory and the last draft's length, never a view: the same text,
+    longer."""
     with block(16):
         model = random_model(TINY, seed, device=device)
-        runs = [decode(model, make_drafter(kind, model, 1, 0.3, sampler, 8), [seed % 40], n, sampler=sampler, width=8)
-                for n in (short, short + more)]
+        runs = [
+            decode(model, make_drafter(kind, model, 1, 0.3, sampler, 8), [seed % 40], n,
+                   sampler=sampler, width=8) for n in (short, short + more)
+        ]
         assert runs[1][0][:short] == runs[0][0]
         assert torch.equal(runs[1][1][:short], runs[0][1])
 
@@ -132,20 +166,26 @@ def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
 @settings(max_examples=20)
 @example(seed=0, n=20, stale=6e4)  # the largest finite float16
 def test_stale_rows_change_nothing(device, seed, n, stale):
-    """A cache full of large finite garbage gives the bits of one of zeros: a masked row has weight 0, exactly."""
+    """A cache full of large finite garbage gives the bits of one of zeros: a masked row has weight
+    0, exactly."""
     for dtype in DTYPES:
         model = random_model(TINY, seed, dtype, device=device)
-        clean, dirty = (decode(model, NoDrafter(model), [1, 2, 3], n, garbage=g, width=8) for g in (0.0, stale))
+        clean, dirty = (decode(model, NoDrafter(model), [1, 2, 3], n, garbage=g, width=8)
+                        for g in (0.0, stale))
         assert_equal_bits(model, [1, 2, 3], clean, dirty)
 
 
-@given(start=st.integers(0, 500), width=st.integers(1, 16), live=st.integers(1, 16), size=st.sampled_from([16, 32, 64]))
+@given(start=st.integers(0, 500), width=st.integers(1, 16), live=st.integers(1, 16),
+       size=st.sampled_from([16, 32, 64]))
 def test_a_drafted_row_has_the_view_that_it_would_have_alone(start, width, live, size):
-    """Shapes depend on the position, never on how many rows are live. Seen here even where a kernel forgives it."""
+    """Shapes depend on the position, never on how many rows are live. Seen here even where a kernel
+    forgives it."""
     with block(size):
-        cache, x = KVCache.zeros(TINY, 1, 1000, torch.zeros(())), torch.zeros(1, 1 + min(live, room_for_draft(start, width)), 32)
+        cache, x = KVCache.zeros(TINY, 1, 1000, torch.zeros(
+            ())), torch.zeros(1, 1 + min(live, room_for_draft(start, width)), 32)
         together, _, view = one_shape(x, start, cache, width)
-        assert 0 <= view.length - (start + width) < size  # attention costs the context so far, not the budget
+        assert 0 <= view.length - (
+            start + width) < size  # attention costs the context so far, not the budget
         for i in range(x.shape[1]):
             alone, _, view_alone = one_shape(x[:, i:i + 1], start + i, cache, width)
             assert view_alone.length == view.length and alone.shape == together.shape
@@ -166,7 +206,8 @@ def test_the_context_end_is_vanillas(limit, kind):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_self_check_passes_here_and_can_fail(device, dtype, monkeypatch):
-    """The load-time check must see a product whose rows are treated differently, else it says nothing."""
+    """The load-time check must see a product whose rows are treated differently, else it says
+    nothing."""
     model = random_model(replace(TINY, hidden_size=160), 0, dtype, device)
     assert all(rows_are_alike(model, width) for width in (2, 8, 16))
     layer_type, honest = type(model.layers[1].mlp), type(model.layers[1].mlp).forward

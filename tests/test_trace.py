@@ -1,4 +1,5 @@
-"""--trace: the page holds what the run did, and in a real browser shows it. Chromium or Chrome, where one is installed."""
+"""--trace: the page holds what the run did, and in a real browser shows it. Chromium or Chrome,
+where one is installed."""
 import html
 import itertools
 import json
@@ -8,13 +9,14 @@ import subprocess
 from urllib.parse import unquote
 
 import pytest
+import replay
 from helpers import write_adapter, write_model
 
 import kangaroo
-import replay
 
 PROMPT = "Once </script><script>document.title = window.hacked = 1</script><!-- <b>upon & a time"
-CONFIDENT = ["--temperature", 5]  # the noise that drafter and target share decides: many drafted tokens are accepted
+CONFIDENT = ["--temperature",
+             5]  # the noise that drafter and target share decides: many drafted tokens are accepted
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +34,15 @@ def run(model, tmp_path, capfd):
     """Decode with --trace; returns (the data in the page, what --json printed, the page's path)."""
     def run(*args, prompt=PROMPT, folder=model):
         page = tmp_path / f"page {len(list(tmp_path.iterdir()))}.html"
-        words = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40, "--prompt", prompt,
-                 "--json", "--trace", page, *args]
+        words = [
+            "--model", folder, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40,
+            "--prompt", prompt, "--json", "--trace", page, *args
+        ]
         status, (out, err) = kangaroo.main([str(word) for word in words]), capfd.readouterr()
         assert status == 0, err
         data = replay.read_page(page)
-        summary = "{tokens} tokens in .* compression rate {compression_rate:.2f}".format(**data["summary"])
+        summary = "{tokens} tokens in .* compression rate {compression_rate:.2f}".format(
+            **data["summary"])
         assert re.search(summary, err)
         return data, json.loads(out), page
     return run
@@ -45,7 +50,8 @@ def run(model, tmp_path, capfd):
 
 @pytest.fixture
 def ending(model, tmp_path):
-    """A function: the model's folder with the token that stands i-th in `ids` as its end-of-sequence token."""
+    """A function: the model's folder with the token that stands i-th in `ids` as its
+    end-of-sequence token."""
     def ending(ids, i):
         folder = shutil.copytree(model, tmp_path / "ending")
         data = json.loads((folder / "config.json").read_text())
@@ -55,16 +61,23 @@ def ending(model, tmp_path):
 
 
 RUNS = {
-    "kangaroo": [*CONFIDENT, "--threshold", 0.01], "unsure": [*CONFIDENT, "--threshold", 0.9], "greedy": [],
+    "kangaroo": [*CONFIDENT, "--threshold", 0.01],
+    "unsure": [*CONFIDENT, "--threshold", 0.9],
+    "greedy": [],
     "rejected": ["--adapter", "random", "--threshold", 0, "--max-new-tokens", 9],
     "exit layer 0": [*CONFIDENT, "--exit-layer", 0, "--threshold", 0],
-    "lookup": ["--drafter", "lookup"], "vanilla": ["--drafter", "none"], "γ 0": ["--steps", 0],
-    "chat": ["--chat", "vicuna", *CONFIDENT], "compared": [*CONFIDENT, "--compare"],
+    "lookup": ["--drafter", "lookup"],
+    "vanilla": ["--drafter", "none"],
+    "γ 0": ["--steps", 0],
+    "chat": ["--chat", "vicuna", *CONFIDENT],
+    "compared": [*CONFIDENT, "--compare"],
     "tree": ["--tree", *CONFIDENT, "--threshold", 0, "--top-candidates", 2],
     "tree, unsure": ["--tree", *CONFIDENT, "--threshold", 0.005, "--top-candidates", 2],
     "tree, greedy": ["--tree", "--threshold", 0.01],
     "tree, exit layer 0": ["--tree", *CONFIDENT, "--threshold", 0, "--exit-layer", 0],
-    "tree of one path": ["--tree", *CONFIDENT, "--threshold", 0, "--top-candidates", 1, "--nodes", 3],
+    "tree of one path": [
+        "--tree", *CONFIDENT, "--threshold", 0, "--top-candidates", 1, "--nodes", 3
+    ],
 }
 
 
@@ -78,28 +91,39 @@ def depths(round_):
 
 @pytest.mark.parametrize("args", RUNS.values(), ids=RUNS)
 def test_the_data_is_the_run(run, args):
-    """Tokens, counts and text are those of --json; what was recorded of layers is what the algorithm says it runs."""
+    """Tokens, counts and text are those of --json; what was recorded of layers is what the
+    algorithm says it runs."""
     data, result, _ = run(*args)
     rounds, L, N = data["rounds"], data["exit_layer"], data["layers"]
     assert [token["id"] for r in rounds for token in r["committed"]] == result["ids"]
-    assert "".join(token["text"] for r in rounds for token in r["committed"]) + data["rest"] == data["text"] == result["text"]
-    assert [len(r["drafted"]) for r in rounds] == result["drafted"] and [r["accepted"] for r in rounds] == result["accepted"]
+    assert "".join(token["text"]
+                   for r in rounds
+                   for token in r["committed"]) + data["rest"] == data["text"] == result["text"]
+    assert [len(r["drafted"])
+            for r in rounds] == result["drafted"] and [r["accepted"]
+                                                       for r in rounds] == result["accepted"]
     assert data["summary"] | {"layer_passes": 0} == {
-        "tokens": len(result["ids"]), "rounds": result["rounds"], "compression_rate": len(result["ids"]) / result["rounds"],
+        "tokens": len(result["ids"]), "rounds": result["rounds"],
+        "compression_rate": len(result["ids"]) / result["rounds"],
         "drafted": sum(result["drafted"]), "accepted": sum(result["accepted"]), "layer_passes": 0,
-        "vanilla_layer_passes": N * len(result["ids"])}
+        "vanilla_layer_passes": N * len(result["ids"])
+    }
     start, passes = data["prompt_tokens"] - 1, 0
     for r in rounds:
         assert r["position"] == start and r["accepted"] == len(r["path"])
         if data["drafter"] == "kangaroo":
-            runs, steps = [run for group in r["passes"] for run in group], [node["step"] for node in r["drafted"]]
+            runs, steps = [run for group in r["passes"]
+                           for run in group], [node["step"] for node in r["drafted"]]
             n = len(set(steps))  # a chain has a node a step
             firsts = [start + 1 + steps.index(step) for step in range(n)]
             assert steps == sorted(steps) and len(r["passes"]) == n + 1
             seen = [run[1] for run in runs if run[0] == "adapter"]  # the first may catch up
             assert len(seen) == n and seen[1:] == firsts[:-1]
-            assert sum(run[1] - run[0] for run in runs if run[0] != "adapter" and run[2] == start) == N
-            assert [run for run in runs if run[0] != "adapter" and run[2] > start] == [[0, L, slot] for slot in firsts if L]
+            assert sum(run[1] - run[0]
+                       for run in runs
+                       if run[0] != "adapter" and run[2] == start) == N
+            assert [run for run in runs if run[0] != "adapter" and run[2] > start
+                    ] == [[0, L, slot] for slot in firsts if L]
             passes += L * (n + 1) + N - L + n
         else:
             assert r["passes"] == [[[0, N, start]]]
@@ -110,14 +134,22 @@ def test_the_data_is_the_run(run, args):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("tree")])
 def test_the_tree_is_the_run(run, name):
-    """Nodes, parents, confidences and path are those of --json. A node is chosen after its parent; siblings differ."""
+    """Nodes, parents, confidences and path are those of --json. A node is chosen after its parent;
+    siblings differ."""
     data, result, _ = run(*RUNS[name])
     assert result["trees"] == [{
-        "tokens": [node["id"] for node in r["drafted"]], "parents": [node["parent"] for node in r["drafted"]],
-        "confidence": [node["confidence"] for node in r["drafted"]], "accepted": r["path"]} for r in data["rounds"]]
+        "tokens": [node["id"]
+                   for node in r["drafted"]], "parents": [node["parent"]
+                                                          for node in r["drafted"]],
+        "confidence": [node["confidence"]
+                       for node in r["drafted"]], "accepted": r["path"]
+    }
+                               for r in data["rounds"]]
     for r in data["rounds"]:
         drafted, path = r["drafted"], r["path"]
-        assert all(node["step"] > ([-1] + [node["step"] for node in drafted])[node["parent"]] for node in drafted)
+        assert all(node["step"] > ([-1] + [node["step"]
+                                           for node in drafted])[node["parent"]]
+                   for node in drafted)
         assert [drafted[i - 1]["parent"] for i in path] == [0, *path][:-1]
         assert [(drafted[i - 1]["id"], drafted[i - 1]["label"]) for i in path] == [
             (token["id"], token["label"]) for token in r["committed"][:len(path)]]
@@ -125,41 +157,55 @@ def test_the_tree_is_the_run(run, name):
     forks = any(depths(r) != list(range(len(r["drafted"]) + 1)) for r in data["rounds"])
     assert forks == (name != "tree of one path")
     if name in ("tree", "tree, unsure"):
-        assert any(r["path"] != list(range(1, r["accepted"] + 1)) for r in data["rounds"])  # not first choices alone
+        assert any(r["path"] != list(range(1, r["accepted"] + 1))
+                   for r in data["rounds"])  # not first choices alone
 
 
 def test_a_label_is_read_along_the_path(model):
-    """Guards against a label read after the node before: a byte completes the character that its own path has begun."""
-    decoder = kangaroo.Decoder(kangaroo.parse_arguments(["--model", str(model), "--tree", "--prompt", "a", "--device", "cpu"]))
+    """Guards against a label read after the node before: a byte completes the character that its
+    own path has begun."""
+    decoder = kangaroo.Decoder(
+        kangaroo.parse_arguments(
+            ["--model", str(model), "--tree", "--prompt", "a", "--device", "cpu"]))
     recorder = replay.Recorder(decoder, "a", decoder.encode("a"))
-    tokens = [3 + byte for byte in (0xE2, 0xC4, 0x82, 0xA9, 0xAC)]  # the 256 bytes follow 3 special tokens
+    tokens = [3 + byte
+              for byte in (0xE2, 0xC4, 0x82, 0xA9, 0xAC)]  # the 256 bytes follow 3 special tokens
     recorder.read = [1, 2, 2, 16]
-    labels = [node["label"] for node in recorder.nodes(kangaroo.Draft(tokens, None, [0.5] * 5, [0, 0, 1, 2, 3]))]
+    labels = [
+        node["label"]
+        for node in recorder.nodes(kangaroo.Draft(tokens, None, [0.5] * 5, [0, 0, 1, 2, 3]))
+    ]
     assert labels == [f"‹{tokens[0]}›", f"‹{tokens[1]}›", f"‹{tokens[2]}›", "ĩ", "€"]
 
 
 def test_why_a_draft_stopped(run):
-    """The second early exit is where the confidence says so, and nowhere else; the other reasons have their lengths."""
+    """The second early exit is where the confidence says so, and nowhere else; the other reasons
+    have their lengths."""
     reasons = set()
     for threshold, length in ((0, 7), (0.05, 40), (0, 150)):
         data, _, _ = run(*CONFIDENT, "--threshold", threshold, "--max-new-tokens", length)
         for r in data["rounds"]:
             unsure = [token["confidence"] <= threshold for token in r["drafted"]]
-            assert any(unsure[:-1]) is False and (r["stopped"] == "unsure") == (unsure[-1:] == [True])
+            assert any(unsure[:-1]) is False and (r["stopped"] == "unsure") == (unsure[-1:]
+                                                                                == [True])
             assert r["stopped"] != "full" or len(unsure) == data["steps"]
             reasons.add(r["stopped"])
     assert reasons == {"unsure", "full", "edge", "end"}
 
 
 def test_why_a_tree_stopped(run):
-    """Only the nodes of the last step can be unsure or as deep as can be; if one is neither, then there was no room for more."""
+    """Only the nodes of the last step can be unsure or as deep as can be; if one is neither, then
+    there was no room for more."""
     reasons = set()
     for threshold, more in ((0, []), (0.005, ["--steps", 4])):
-        data, _, _ = run("--tree", *CONFIDENT, "--threshold", threshold, "--top-candidates", 2, *more)
+        data, _, _ = run("--tree", *CONFIDENT, "--threshold", threshold, "--top-candidates", 2,
+                         *more)
         for r in data["rounds"]:
             sure, depth = [node["confidence"] > threshold for node in r["drafted"]], depths(r)[1:]
             is_last = [node["step"] == r["drafted"][-1]["step"] for node in r["drafted"]]
-            assert all(sure[i] and depth[i] < data["steps"] for i in range(len(sure)) if not is_last[i])
+            assert all(sure[i] and depth[i] < data["steps"]
+                       for i in range(len(sure))
+                       if not is_last[i])
             last = [(s, d) for s, d, inside in zip(sure, depth, is_last) if inside]
             if r["stopped"] == "unsure":
                 assert not any(s for s, _ in last)
@@ -176,18 +222,30 @@ def test_why_a_tree_stopped(run):
 def test_recording_changes_nothing(run, model, capfd):
     """The same ids as without --trace, and no hook left behind."""
     _, result, page = run(*CONFIDENT)
-    kangaroo.main(["--model", str(model), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40", "--prompt", PROMPT,
-                   "--json", *map(str, CONFIDENT)])
+    kangaroo.main([
+        "--model",
+        str(model), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40", "--prompt",
+        PROMPT, "--json", *map(str, CONFIDENT)
+    ])
     plain = json.loads(capfd.readouterr().out)
-    assert {k: v for k, v in plain.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
-    args = kangaroo.parse_arguments(["--model", str(model), "--device", "cpu", "--dtype", "float32", "--prompt", PROMPT])
+    assert {k: v
+            for k, v in plain.items()
+            if k != "seconds"} == {k: v
+                                   for k, v in result.items()
+                                   if k != "seconds"}
+    args = kangaroo.parse_arguments(
+        ["--model",
+         str(model), "--device", "cpu", "--dtype", "float32", "--prompt", PROMPT])
     decoder = kangaroo.Decoder(args)
     replay.Recorder(decoder, PROMPT, decoder.encode(PROMPT)).decode(lambda text, drafted: None)
-    assert not any(m._forward_pre_hooks for module in (decoder.model, decoder.adapter) for m in module.modules())
+    assert not any(m._forward_pre_hooks
+                   for module in (decoder.model, decoder.adapter)
+                   for m in module.modules())
 
 
 def test_a_prompt_cannot_leave_its_string(run):
-    """Guards against a prompt or a token that ends the script element: "<" never occurs in the data."""
+    """Guards against a prompt or a token that ends the script element: "<" never occurs in the
+    data."""
     data, _, page = run()
     text, template = page.read_text(encoding="utf-8"), replay.TEMPLATE.read_text(encoding="utf-8")
     inside = text.split(replay.HERE)[1].split("</script>")[0]
@@ -196,32 +254,39 @@ def test_a_prompt_cannot_leave_its_string(run):
 
 
 def test_the_page_stands_alone():
-    """Under 200 KB without its data, nothing that a browser would fetch, and a policy that forbids it to try."""
+    """Under 200 KB without its data, nothing that a browser would fetch, and a policy that forbids
+    it to try."""
     text = replay.TEMPLATE.read_text(encoding="utf-8")
     assert len(text.encode()) < 200_000 and text.count(replay.HERE) == 1
     assert "default-src 'none'" in text
-    assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"]  # a name, not an address
-    assert not re.search(r"\bsrc=|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|document\.write|eval\(", text)
+    assert re.findall(r"https?://[^\"]+",
+                      text) == ["http://www.w3.org/2000/svg"]  # a name, not an address
+    assert not re.search(
+        r"\bsrc=|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|document\.write|eval\(", text)
 
 
-@pytest.mark.parametrize("args, word", [
-    (["--prompts", "{two}"], "holds 2"), (["--prompt", "a", "--trace", "{folder}"], "must be a file"),
-    (["--prompt", "a", "--trace", "{folder}/none/page.html"], "in a folder that exists")])
+@pytest.mark.parametrize(
+    "args, word",
+    [(["--prompts", "{two}"], "holds 2"),
+     (["--prompt", "a", "--trace", "{folder}"], "must be a file"),
+     (["--prompt", "a", "--trace", "{folder}/none/page.html"], "in a folder that exists")])
 def test_refused_before_decoding(model, tmp_path, capfd, args, word):
     (tmp_path / "two").write_text("one\ntwo\n")
     args = [arg.format(two=tmp_path / "two", folder=tmp_path) for arg in args]
     status = kangaroo.main(["--trace", str(tmp_path / "page.html"), "--model", str(model), *args])
     out, err = capfd.readouterr()
-    assert (status, out) == (2, "") and re.fullmatch(r"kangaroo\.py: --trace [^\n]+\n", err) and word in err
+    assert (status, out) == (2, "") and re.fullmatch(r"kangaroo\.py: --trace [^\n]+\n",
+                                                     err) and word in err
     assert not list(tmp_path.glob("*.html"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In a browser
 
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome (Debian: apt-get install chromium)")
+in_browser = pytest.mark.skipif(
+    BROWSER is None, reason="needs Chromium or Chrome (Debian: apt-get install chromium)")
 
 WATCH = """<script>
 window.problems = [];
@@ -253,14 +318,19 @@ const done = what => {
 
 
 def browse(page, tmp_path, script, fragment=""):
-    """Open the page with `script`, which ends by calling done(object); returns the object. No error, no word on the console."""
+    """Open the page with `script`, which ends by calling done(object); returns the object. No
+    error, no word on the console."""
     text = page.read_text(encoding="utf-8")
     page = tmp_path / "driven.html"
-    page.write_text(text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", TELL % script + "</body>"), encoding="utf-8")
-    shown = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'of'}",
-         "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", page.as_uri() + fragment],
-        capture_output=True, text=True, timeout=120)
+    page.write_text(
+        text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", TELL % script + "</body>"),
+        encoding="utf-8")
+    shown = subprocess.run([
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'of'}", "--enable-logging=stderr",
+        "--virtual-time-budget=20000", "--dump-dom",
+        page.as_uri() + fragment
+    ], capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
     assert found, f"the script did not come to its end:\n{shown.stdout[-2000:]}\n{shown.stderr[-2000:]}"
     assert "CONSOLE" not in shown.stderr, shown.stderr
@@ -273,9 +343,11 @@ def counters(data):
     """The counters at the end, from the data's summary."""
     s = data["summary"]
     saved = f"{100 * (1 - s['layer_passes'] / s['vanilla_layer_passes']):.0f}".replace("-", "−")
-    return [f"{s['tokens']}{s['accepted']} of {s['drafted']} drafted accepted", f"{s['rounds']}full-model passes",
-            f"{s['compression_rate']:.2f}vanilla: 1.00",
-            f"{saved}\u00a0%{s['layer_passes']:,} instead of {s['vanilla_layer_passes']:,}"]
+    return [
+        f"{s['tokens']}{s['accepted']} of {s['drafted']} drafted accepted",
+        f"{s['rounds']}full-model passes", f"{s['compression_rate']:.2f}vanilla: 1.00",
+        f"{saved}\u00a0%{s['layer_passes']:,} instead of {s['vanilla_layer_passes']:,}"
+    ]
 
 
 STEP_TO_THE_END = """
@@ -288,30 +360,41 @@ done({seen});
 @in_browser
 @pytest.mark.parametrize("name", ["kangaroo", "rejected", "lookup", "chat", "tree"])
 def test_stepping_to_the_end_shows_the_decode(run, tmp_path, name):
-    """At every step the text is what had been decoded by then; at the end it is all of it, with the run's counts."""
+    """At every step the text is what had been decoded by then; at the end it is all of it, with the
+    run's counts."""
     data, result, page = run(*RUNS[name])
     seen = browse(page, tmp_path, STEP_TO_THE_END)["seen"]
     ends = [""]
     for r in data["rounds"]:
         ends.append(ends[-1] + "".join(token["text"] for token in r["committed"]))
     ends[-1] += data["rest"]
-    assert [text for text, _ in itertools.groupby(s["output"] for s in seen)] == [text for text, _ in itertools.groupby(ends)]
-    assert seen[-1]["output"] == result["text"] and all(s["prompt"].rstrip("\n") == PROMPT for s in seen)
+    assert [text for text, _ in itertools.groupby(
+        s["output"] for s in seen)] == [text for text, _ in itertools.groupby(ends)]
+    assert seen[-1]["output"] == result["text"] and all(s["prompt"].rstrip("\n") == PROMPT
+                                                        for s in seen)
     assert seen[-1]["counters"] == counters(data)
-    assert len(seen[-1]["rounds"]) == result["rounds"] and f"{result['rounds']} rounds" in seen[-1]["say"]
+    assert len(
+        seen[-1]["rounds"]) == result["rounds"] and f"{result['rounds']} rounds" in seen[-1]["say"]
     proposed = [s["pending"] for s in seen if s["pending"]]
     if name == "kangaroo":
         assert proposed == ["".join(token["label"] for token in r["drafted"][:i + 1])
                             for r in data["rounds"] for i in range(len(r["drafted"]))]
     own = sum(len(r["committed"]) > r["accepted"] for r in data["rounds"])
-    rejected = sum(r["accepted"] < len(r["drafted"]) for r in data["rounds"]) if name != "tree" else 0  # lists the path alone
-    for kind, sign, count in (("accepted", "✓", sum(result["accepted"])), ("rejected", "✗", rejected), ("own", "▸", own)):
-        boxes = re.findall(rf'<span class="tok {kind}".*?</span>', "".join(seen[-1]["rounds"]), re.DOTALL)
-        assert len(boxes) == count and all(sign in box for box in boxes)  # told apart by more than colour
+    rejected = sum(r["accepted"] < len(r["drafted"])
+                   for r in data["rounds"]) if name != "tree" else 0  # lists the path alone
+    for kind, sign, count in (("accepted", "✓", sum(
+            result["accepted"])), ("rejected", "✗", rejected), ("own", "▸", own)):
+        boxes = re.findall(rf'<span class="tok {kind}".*?</span>', "".join(seen[-1]["rounds"]),
+                           re.DOTALL)
+        assert len(boxes) == count and all(sign in box
+                                           for box in boxes)  # told apart by more than colour
 
 
 def depth_first(drafted, node=0):
-    return [node, *(n for child, of in enumerate(drafted, 1) if of["parent"] == node for n in depth_first(drafted, child))]
+    return [
+        node, *(n for child, of in enumerate(drafted, 1) if of["parent"] == node
+                for n in depth_first(drafted, child))
+    ]
 
 
 def fate(round_, node):
@@ -339,16 +422,20 @@ done({frames});
 
 @in_browser
 def test_a_tree_has_a_row_a_node(run, tmp_path):
-    """Depth first, each with its own sign, confidence and layers; while it grows, only the nodes drafted so far."""
+    """Depth first, each with its own sign, confidence and layers; while it grows, only the nodes
+    drafted so far."""
     data, _, page = run(*RUNS["tree, unsure"])
     frames, fates = browse(page, tmp_path, READ_ROWS)["frames"], set()
     for i, r in enumerate(data["rounds"], 1):
         title, drafted, depth = f"Round {i} of {len(data['rounds'])}", r["drafted"], depths(r)
         step, order = [-1, *(node["step"] for node in drafted)], depth_first(drafted)
         for now in set(step[1:]):
-            rows, nodes = frames[f"{title}draft {now + 1}"], [node for node in order if step[node] <= now]
+            rows, nodes = frames[f"{title}draft {now + 1}"], [
+                node for node in order if step[node] <= now
+            ]
             assert [row["depth"] for row in rows] == [depth[node] for node in nodes]
-            assert [row["lit"] for row in rows] == [data["exit_layer"] * (step[node] < now) for node in nodes]
+            assert [row["lit"]
+                    for row in rows] == [data["exit_layer"] * (step[node] < now) for node in nodes]
             assert {row["kind"] for row in rows[1:]} == {"drafted"}
         rows = frames[f"{title}verification"]
         assert [row["depth"] for row in rows] == [depth[node] for node in order]
@@ -356,8 +443,10 @@ def test_a_tree_has_a_row_a_node(run, tmp_path):
         for row, node in zip(rows[1:], order[1:]):
             (kind, sign, words), token = fate(r, node), drafted[node - 1]
             fates.add(words)
-            assert row["kind"] == kind and row["says"].startswith(sign) and row["title"] == f"{token['label']} ({words})"
-            assert f"at depth {depth[node]} after" in row["says"] and ("overwritten" in row["text"]) == (kind != "accepted")
+            assert row["kind"] == kind and row["says"].startswith(
+                sign) and row["title"] == f"{token['label']} ({words})"
+            assert f"at depth {depth[node]} after" in row["says"] and (
+                "overwritten" in row["text"]) == (kind != "accepted")
             stops = token["confidence"] <= data["threshold"]
             assert row["hatched"] == ("⇥" in row["sure"]) == ("early exit" in row["sure"]) == stops
             assert f"{100 * token['confidence']:.0f}\u00a0%" in row["sure"]
@@ -365,7 +454,8 @@ def test_a_tree_has_a_row_a_node(run, tmp_path):
 
 
 @in_browser
-@pytest.mark.parametrize("args", [[*CONFIDENT, "--threshold", 0], RUNS["tree"]], ids=["chain", "tree"])
+@pytest.mark.parametrize("args", [[*CONFIDENT, "--threshold", 0], RUNS["tree"]],
+                         ids=["chain", "tree"])
 def test_a_text_that_ends_by_itself(run, tmp_path, ending, args):
     """An end-of-sequence token is no text. After a drafted one nothing is replaced."""
     data, result, _ = run(*args)
@@ -375,15 +465,18 @@ def test_a_text_that_ends_by_itself(run, tmp_path, ending, args):
     last = data["rounds"][-1]
     assert last["committed"][-1]["end"]
     told = browse(page, tmp_path, "done(tell());", "#end")
-    assert told["output"] == result["text"] and told["counters"] == counters(data) and "The text ends here" in told["say"]
+    assert told["output"] == result["text"] and told["counters"] == counters(
+        data) and "The text ends here" in told["say"]
     assert ("own" in told["rounds"][-1]) == (len(last["committed"]) > last["accepted"])
 
 
 @in_browser
 def test_every_way_of_moving_shows_the_same(run, tmp_path):
-    """A frame depends on its number alone, reached by buttons, keys, slider, clicks, an address or while playing."""
+    """A frame depends on its number alone, reached by buttons, keys, slider, clicks, an address or
+    while playing."""
     data, result, page = run(*RUNS["kangaroo"])
-    told = browse(page, tmp_path, """
+    told = browse(
+        page, tmp_path, """
         const all = [tell()], slider = document.getElementById("seek"), ways = {};
         while (!document.getElementById("step").disabled) { click("step"); all.push(tell()); }
         const at = n => JSON.stringify(tell()) === JSON.stringify(all[n]), end = all.length - 1;
@@ -416,12 +509,16 @@ def test_every_way_of_moving_shows_the_same(run, tmp_path):
 @in_browser
 @pytest.mark.parametrize("name", ["kangaroo", "tree"])
 def test_a_phone_needs_no_sideways_scrolling_and_all_controls_have_names(run, tmp_path, name):
-    """At 390 and 320 pixels nothing is wider than the screen and the controls are in sight; each says what it does."""
+    """At 390 and 320 pixels nothing is wider than the screen and the controls are in sight; each
+    says what it does."""
     _, _, page = run(*RUNS[name])
     frame = json.dumps(page.read_text(encoding="utf-8")).replace("<", "\\u003c")
     outer = tmp_path / "outer.html"
-    outer.write_text("<!doctype html><html><head><title>Kangaroo, replayed</title></head><body></body></html>", encoding="utf-8")
-    told = browse(outer, tmp_path, f"""
+    outer.write_text(
+        "<!doctype html><html><head><title>Kangaroo, replayed</title></head><body></body></html>",
+        encoding="utf-8")
+    told = browse(
+        outer, tmp_path, f"""
         const page = {frame};""" + """
         const measure = width => new Promise(resolve => {
           const frame = document.createElement("iframe");

@@ -1,4 +1,5 @@
-"""Training, end to end on a tiny model folder: what is learned, from which text, and that no run is lost or mispaired."""
+"""Training, end to end on a tiny model folder: what is learned, from which text, and that no run is
+lost or mispaired."""
 import copy
 import gzip
 import io
@@ -25,11 +26,21 @@ from safetensors.torch import load_file
 
 import kangaroo
 import train_adapter
-from kangaroo import ADAPTERS, KangarooDrafter, generate, load_adapter
-from llama import KVCache, LlamaConfig, load_llama
+from kangaroo import ADAPTERS, KangarooDrafter, generate
+from llama import KVCache, LlamaConfig
 from models import own_answers
-from tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
-from train_adapter import Target, batches_of, document_of, encode, is_held_out, most_frequent, read_documents, split
+from support.checkpoint import load_adapter, load_llama
+from support.data import (
+    batches_of,
+    document_of,
+    encode,
+    is_held_out,
+    most_frequent,
+    read_documents,
+    split,
+)
+from support.tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
+from train_adapter import Target
 
 SCRIPT = Path(train_adapter.__file__).resolve()
 PAIRS = [(None, "cross-entropy"), (20, "acceptance")]  # --vocabulary and --loss
@@ -40,7 +51,8 @@ def sentences(seed, n):
 
 
 def share_gpt(i):
-    turns = [("human", f"{i} {sentences(i, 1)}"), ("gpt", sentences(i, 2)), ("human", sentences(-i, 1)), ("gpt", sentences(i, 3))]
+    turns = [("human", f"{i} {sentences(i, 1)}"), ("gpt", sentences(i, 2)),
+             ("human", sentences(-i, 1)), ("gpt", sentences(i, 3))]
     return {"id": str(i), "conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
@@ -59,9 +71,12 @@ def folder(tmp_path_factory):
 
 def words(folder, out, *args, data="chats.json"):
     """The words of a command line; later ones win, so `args` may name the defaults again."""
-    common = ["--model", folder / "model", "--data", folder / data, "--out", out, "--exit-layer", 1, "--device", "cpu",
-              "--dtype", "float32", "--chat", "zephyr", "--max-length", 150, "--batch-tokens", 600, "--batches", 2,
-              "--window", 20, "--updates", 4, "--warmup", 2, "--lr", 0.01, "--eval-prompts", 1, "--eval-documents", 4]
+    common = [
+        "--model", folder / "model", "--data", folder / data, "--out", out, "--exit-layer", 1,
+        "--device", "cpu", "--dtype", "float32", "--chat", "zephyr", "--max-length", 150,
+        "--batch-tokens", 600, "--batches", 2, "--window", 20, "--updates", 4, "--warmup", 2,
+        "--lr", 0.01, "--eval-prompts", 1, "--eval-documents", 4
+    ]
     return [str(word) for word in [*common, *args]]
 
 
@@ -78,7 +93,8 @@ def train(folder, tmp_path, capfd):
 
 @pytest.fixture
 def refused(train, recwarn):
-    """Check that a command line is refused as a user should see it: status 2, one line that has all `parts`."""
+    """Check that a command line is refused as a user should see it: status 2, one line that has all
+    `parts`."""
     def run(parts, *args, **kwargs):
         status, err = train(*args, **kwargs)
         assert status == 2 and re.fullmatch(r"train_adapter\.py: [^\n]+\n", err), err
@@ -91,7 +107,8 @@ def refused(train, recwarn):
 def log_of(out):
     """The log's lines on updates, and those on held-out data."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "held_out" not in line], [line for line in lines if "held_out" in line]
+    return [line for line in lines
+            if "held_out" not in line], [line for line in lines if "held_out" in line]
 
 
 def same_weights(a, b):
@@ -99,16 +116,18 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is learned
 
 @pytest.mark.parametrize("vocabulary", [[], ["--vocabulary", 200]], ids=["all", "some"])
 @pytest.mark.parametrize("loss", ["cross-entropy", "acceptance"])
-@pytest.mark.parametrize("architecture, data", [("attention", "chats.json"), ("layer", "plain.txt")])
+@pytest.mark.parametrize("architecture, data", [("attention", "chats.json"),
+                                                ("layer", "plain.txt")])
 def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
-    """Guards training as such: a gradient that is zero, of the wrong sign or cleared too early, or broken by an evaluation."""
-    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates", 30, "--passes", 30,
-                        "--eval-every", 15, data=data)
+    """Guards training as such: a gradient that is zero, of the wrong sign or cleared too early, or
+    broken by an evaluation."""
+    status, err = train("--architecture", architecture, "--loss", loss, *vocabulary, "--updates",
+                        30, "--passes", 30, "--eval-every", 15, data=data)
     updates, held_out = log_of(tmp_path / "out")
     assert status == 0 and [line["step"] for line in updates] == list(range(1, 31)), err
     losses = [line["loss"] for line in updates]
@@ -119,11 +138,13 @@ def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
 
 
 def tiny_target(architecture="layer", n=None, seed=0):
-    """A Target in memory, an adapter that fits it, a batch whose every third position is padding or not to be learned."""
+    """A Target in memory, an adapter that fits it, a batch whose every third position is padding or
+    not to be learned."""
     print("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     model = random_model(seed=seed)
-    vocabulary = None if n is None else torch.randperm(TINY.vocab_size, generator=generator)[:n].sort().values
+    vocabulary = None if n is None else torch.randperm(TINY.vocab_size,
+                                                       generator=generator)[:n].sort().values
     adapter = random_weights(ADAPTERS[architecture](replace(TINY, num_hidden_layers=1)), seed + 1)
     ids = torch.randint(TINY.vocab_size, (3, 17), generator=generator)
     return Target(model, 1, vocabulary), adapter, ids, torch.rand(3, 17, generator=generator) < 0.6
@@ -132,7 +153,8 @@ def tiny_target(architecture="layer", n=None, seed=0):
 @pytest.mark.parametrize("architecture", ADAPTERS)
 @pytest.mark.parametrize("n, kind", PAIRS)
 def test_gradients_reach_the_adapter_alone(architecture, n, kind):
-    """Guards the frozen target: a parameter of its that is trained, or one of the adapter's that is not."""
+    """Guards the frozen target: a parameter of its that is trained, or one of the adapter's that is
+    not."""
     target, adapter, *batch = tiny_target(architecture, n)
     target.loss(adapter, target.states(*batch), kind, scale=1.0)
     for name, p in adapter.named_parameters():
@@ -142,16 +164,19 @@ def test_gradients_reach_the_adapter_alone(architecture, n, kind):
 
 
 def test_training_leaves_the_target_as_it_is(train, folder, monkeypatch):
-    """Guards the frozen target: weights that share memory with the adapter's, as its final norm might."""
+    """Guards the frozen target: weights that share memory with the adapter's, as its final norm
+    might."""
     models = []
-    monkeypatch.setattr(train_adapter, "load_llama", lambda *args: models.append(load_llama(*args)) or models[0])
+    monkeypatch.setattr(train_adapter, "load_llama",
+                        lambda *args: models.append(load_llama(*args)) or models[0])
     assert train("--vocabulary", 50, "--architecture", "layer")[0] == 0
     before = dict(load_llama(folder / "model").named_parameters())
     assert models and all(torch.equal(before[name], p) for name, p in models[0].named_parameters())
 
 
 def direct(target, adapter, ids, learn, kind):
-    """(loss, Σ min(p, q), agreement, count) in float64, in one piece, by the definition; differentiable."""
+    """(loss, Σ min(p, q), agreement, count) in float64, in one piece, by the definition;
+    differentiable."""
     model = copy.deepcopy(target.model).double()
     positions = torch.arange(ids.shape[1])
     x = model.run_layers(model.embed_tokens(ids), positions, None, 0, target.exit_layer)
@@ -168,7 +193,8 @@ def direct(target, adapter, ids, learn, kind):
 @pytest.mark.parametrize("n", [None, 20])
 @pytest.mark.parametrize("kind", ["cross-entropy", "acceptance"])
 def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk):
-    """Guards the loss in chunks: a chunk left out or counted twice, p renormalised over the subset, a wrong gradient."""
+    """Guards the loss in chunks: a chunk left out or counted twice, p renormalised over the subset,
+    a wrong gradient."""
     monkeypatch.setattr(Target, "CHUNK", chunk)
     target, adapter, *batch = tiny_target(architecture, n, seed=3)
     exact = copy.deepcopy(adapter).double()
@@ -179,13 +205,16 @@ def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk
     assert torch.allclose(sums, torch.stack([e.detach().double() for e in expected]), rtol=1e-5)
     assert torch.equal(sums[2:], torch.stack(expected[2:]).double())
     for (name, p), q in zip(adapter.named_parameters(), exact.parameters()):
-        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-3, atol=1e-5 * q.grad.abs().max().item()), name
-    assert torch.equal(target.loss(adapter, states, kind, autocast=None), sums)  # without gradients, as evaluations do
+        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-3,
+                              atol=1e-5 * q.grad.abs().max().item()), name
+    assert torch.equal(target.loss(adapter, states, kind, autocast=None),
+                       sums)  # without gradients, as evaluations do
 
 
 @pytest.mark.parametrize("n", [None, 20])
 def test_logits_exist_a_chunk_at_a_time(monkeypatch, n):
-    """Guards large vocabularies: the logits of a whole batch in memory at once, for the target or for the adapter."""
+    """Guards large vocabularies: the logits of a whole batch in memory at once, for the target or
+    for the adapter."""
     monkeypatch.setattr(Target, "CHUNK", 5)
     rows, linear = [], torch.nn.functional.linear
 
@@ -207,8 +236,11 @@ def test_gradients_add_up_over_batches():
     whole = [p.grad.clone() for p in adapter.parameters()]
     adapter.zero_grad()
     for row in range(3):
-        target.loss(adapter, target.states(ids[row:row + 1], learn[row:row + 1]), "cross-entropy", scale=0.1, autocast=None)
-    assert all(torch.allclose(p.grad, w, rtol=1e-3, atol=1e-5) for p, w in zip(adapter.parameters(), whole))
+        target.loss(adapter, target.states(ids[row:row + 1], learn[row:row + 1]), "cross-entropy",
+                    scale=0.1, autocast=None)
+    assert all(
+        torch.allclose(p.grad, w, rtol=1e-3, atol=1e-5)
+        for p, w in zip(adapter.parameters(), whole))
 
 
 def test_padding_teaches_nothing():
@@ -224,9 +256,12 @@ def test_padding_teaches_nothing():
 @pytest.mark.parametrize("architecture", ADAPTERS)
 @pytest.mark.parametrize("strides", [[1], [2, 1], [8, 3, 5, 20]])
 def test_the_adapter_decodes_as_it_was_trained(architecture, strides):
-    """Guards the two ways to run an adapter, whole and from a cache: other positions, masks or residuals teach another model."""
-    adapter = random_weights(ADAPTERS[architecture](replace(TINY, num_hidden_layers=1)), 5).double().requires_grad_(False)
-    x = torch.randn(1, 150, TINY.hidden_size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    """Guards the two ways to run an adapter, whole and from a cache: other positions, masks or
+    residuals teach another model."""
+    adapter = random_weights(ADAPTERS[architecture](replace(TINY, num_hidden_layers=1)),
+                             5).double().requires_grad_(False)
+    x = torch.randn(1, 150, TINY.hidden_size, generator=torch.Generator().manual_seed(6),
+                    dtype=torch.float64)
     drafter = KangarooDrafter(random_model(), adapter, 1)
     drafter.cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
     whole, end, i = adapter(x, torch.arange(150))[0], 0, 0
@@ -234,10 +269,11 @@ def test_the_adapter_decodes_as_it_was_trained(architecture, strides):
         i += 1
         assert (drafter.adapt(end) - whole[end - 1]).abs().max() < 1e-10
     assert i >= 15
-    assert (adapter(x, 2 * torch.arange(150))[0] - whole).abs().amax(-1)[1:].min() > 1e-3, "positions make no difference"
+    assert (adapter(x, 2 * torch.arange(150))[0]
+            - whole).abs().amax(-1)[1:].min() > 1e-3, "positions make no difference"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which tokens are learned
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -256,12 +292,16 @@ EOS = 2, 341, 344  # </s>, <|im_end|>, <|eot_id|>
 
 
 class Characters:
-    """A tokenizer that keeps every character, blanks too; a special token is one id, and decodes to nothing."""
+    """A tokenizer that keeps every character, blanks too; a special token is one id, and decodes to
+    nothing."""
     specials = dict(zip(["<s>", "</s>", *SPECIAL], [1, 2, *range(340, 345)]))
 
     def encode(self, text):
         parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text)
-        return [1] + [i for part in parts for i in ([self.specials[part]] if part in self.specials else map(self.id, part))]
+        return [1] + [
+            i for part in parts
+            for i in ([self.specials[part]] if part in self.specials else map(self.id, part))
+        ]
 
     def id(self, character):
         return ord(character) + 1000
@@ -287,23 +327,27 @@ def assert_answers_are_marked(document, tokenizer, name):
         assert [i in EOS for i in run] == [False] * (len(run) - 1) + [name != "none"]
     for i in range(1, len(document), 2):
         prompt = tokenizer.encode(render_chat(template, document[:i]))
-        assert ids[:len(prompt)] == prompt and learn[len(prompt) - 1:len(prompt) + 1] == [False, True]
+        assert ids[:len(prompt)] == prompt and learn[len(prompt) - 1:len(prompt)
+                                                     + 1] == [False, True]
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 @pytest.mark.parametrize("turns", [2, 4, 6])
 def test_answers_are_learned_and_nothing_else(tokenizer, name, turns):
-    """Guards the mask: prompts or the template's own words learned, answers or their ends not, a prompt unlike in decoding."""
+    """Guards the mask: prompts or the template's own words learned, answers or their ends not, a
+    prompt unlike in decoding."""
     document = [TEXT[(turns + i) % 3] for i in range(turns)]
     assert_answers_are_marked(document, tokenizer, name)
 
 
 def holds_no_special(text):
-    """Special tokens are recognised in a text: an answer that spells one is other tokens, and "</s>" would end it."""
+    """Special tokens are recognised in a text: an answer that spells one is other tokens, and
+    "</s>" would end it."""
     return not any(special in text for special in Characters.specials)
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(holds_no_special)
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1,
+               max_size=8).filter(holds_no_special)
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
@@ -315,18 +359,21 @@ def test_any_answers_are_learned_and_nothing_else(name, pairs):
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_blanks_around_an_answer_move_no_mark(name):
-    """Guards several turns: an answer with blanks around it, as ShareGPT has them, shifts what is learned against the tokens."""
+    """Guards several turns: an answer with blanks around it, as ShareGPT has them, shifts what is
+    learned against the tokens."""
     document = ["one", " two \n\n", "three", "\n four "]
     ids, learn = encode(document, Characters(), CHAT_TEMPLATES[name], EOS, 1000)
     assert [Characters().decode(run).strip() for run in marked(ids, learn)] == ["two", "four"]
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
-@pytest.mark.parametrize("first, learned", [
-    ("a</s>b", "a"), ("</s>", ""), ("a<|im_end|>", "a"), ("<|im_start|>a", "a"), ("a<s>b", "ab"), ("<s>", "")])
+@pytest.mark.parametrize("first, learned", [("a</s>b", "a"), ("</s>", ""), ("a<|im_end|>", "a"),
+                                            ("<|im_start|>a", "a"), ("a<s>b", "ab"), ("<s>", "")])
 def test_an_answer_that_spells_a_special_token(name, first, learned):
-    """Guards the mask's edges: such an answer is learned from its first token to where decoding would end, and moves no other."""
-    ids, learn = encode(["Why?", first, "So?", "yes"], Characters(), CHAT_TEMPLATES[name], EOS, 1000)
+    """Guards the mask's edges: such an answer is learned from its first token to where decoding
+    would end, and moves no other."""
+    ids, learn = encode(["Why?", first, "So?", "yes"], Characters(), CHAT_TEMPLATES[name], EOS,
+                        1000)
     runs = marked(ids, learn)
     assert [Characters().decode(run).strip() for run in runs] == [learned, "yes"]
     for run, answer in zip(runs, (first, "yes")):
@@ -337,15 +384,18 @@ def test_an_answer_that_spells_a_special_token(name, first, learned):
 
 
 def test_a_plain_text_is_learned_whole(tokenizer):
-    """Guards plain text: a token lost, the end of sequence missing, or the first token learned, which nothing predicts."""
+    """Guards plain text: a token lost, the end of sequence missing, or the first token learned,
+    which nothing predicts."""
     ids, learn = encode(TEXT[0], tokenizer, CHAT_TEMPLATES["chatml"], (2,), 1000)
     assert ids == tokenizer.encode(TEXT[0]) + [2] and learn == [False] + [True] * (len(ids) - 1)
 
 
-@pytest.mark.parametrize("document", [TEXT[0], TEXT[:2], [*TEXT, *TEXT]], ids=["text", "one answer", "four answers"])
+@pytest.mark.parametrize("document", [TEXT[0], TEXT[:2], [*TEXT, *TEXT]],
+                         ids=["text", "one answer", "four answers"])
 @pytest.mark.parametrize("eos", [(), EOS], ids=["no eos", "eos"])
 def test_documents_are_cut(tokenizer, document, eos):
-    """Guards --max-length: longer rows than it allows, a mask of another length, or a cut that changes what is before it."""
+    """Guards --max-length: longer rows than it allows, a mask of another length, or a cut that
+    changes what is before it."""
     template = CHAT_TEMPLATES["chatml"]
     ids, learn = encode(document, tokenizer, template, eos, 1000)
     for length in range(1, len(ids) + 2):
@@ -353,27 +403,33 @@ def test_documents_are_cut(tokenizer, document, eos):
         assert (cut_ids, cut_learn) == (ids[:length], learn[:length])
 
 
-examples = st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=12), max_size=20)
+examples = st.lists(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=12),
+                    max_size=20)
 
 
 @given(examples=examples, batch_tokens=st.integers(12, 60))
 def test_batches_hold_every_example_once(examples, batch_tokens):
-    """Guards batching: an example lost or doubled, a mask not moved by one, padding learned, B·T too large."""
+    """Guards batching: an example lost or doubled, a mask not moved by one, padding learned, B·T
+    too large."""
     examples = [tuple(map(list, zip(*example))) for example in examples]
     found = []
     for ids, learn in batches_of(examples, batch_tokens):
-        assert ids.shape == learn.shape and 0 < ids.numel() <= batch_tokens and learn.dtype == torch.bool
+        assert ids.shape == learn.shape and 0 < ids.numel(
+        ) <= batch_tokens and learn.dtype == torch.bool
         assert not ids[:, -1].eq(0).all(), "longer than its longest row"
         for row, wanted in zip(ids.tolist(), learn.tolist()):
-            n = next((i for i, token in enumerate(row) if token == 0), len(row))  # no token is 0 here
+            n = next((i for i, token in enumerate(row) if token == 0),
+                     len(row))  # no token is 0 here
             assert not any(row[n:]) and not any(wanted[n - 1:])
             found.append((row[:n], wanted[:n - 1]))
     assert sorted(found) == sorted((ids, learn[1:]) for ids, learn in examples if any(learn[1:]))
 
 
 def test_the_vocabulary_is_the_most_frequent_learned_tokens():
-    """Guards --vocabulary: counted over prompts too, without the end of sequence, unsorted, or with a wrong share of the text."""
-    documents = [([9, 9, 9, 5, 5, 7, 2], [False] * 3 + [True] * 4), ([9, 9, 5, 7, 6, 2], [False] * 2 + [True] * 4)]
+    """Guards --vocabulary: counted over prompts too, without the end of sequence, unsorted, or with
+    a wrong share of the text."""
+    documents = [([9, 9, 9, 5, 5, 7, 2], [False] * 3 + [True] * 4),
+                 ([9, 9, 5, 7, 6, 2], [False] * 2 + [True] * 4)]
     ids, coverage = most_frequent(documents, 3, lambda document: document, 12, (2,))
     assert ids.tolist() == [2, 5, 7] and coverage == pytest.approx(7 / 8)
     ids, coverage = most_frequent(documents, 12, lambda document: document, 12, (2,))
@@ -381,18 +437,23 @@ def test_the_vocabulary_is_the_most_frequent_learned_tokens():
 
 
 def test_a_document_is_on_one_side_everywhere(folder):
-    """Guards held-out data: a prompt trained on from one file and held out from another, or split() overlapping."""
+    """Guards held-out data: a prompt trained on from one file and held out from another, or split()
+    overlapping."""
     for i in range(300):
         prompt = f"{i} {TEXT[0]}"
-        sides = {is_held_out(d) for d in (prompt, [prompt, "one answer"], [prompt, "another", "And then?", "no more"],
-                                          prompt + "\n", ["\n" + prompt, "one answer"])}  # as the last of a file has it
+        sides = {
+            is_held_out(d)
+            for d in (prompt, [prompt, "one answer"], [prompt, "another", "And then?", "no more"],
+                      prompt + "\n", ["\n" + prompt, "one answer"])
+        }  # as the last of a file has it
         assert len(sides) == 1
     held = sum(is_held_out(f"{i}") for i in range(64 * 100))
     assert 60 < held < 140
     path = folder / "many.txt"
     path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
     rest, held = split(Namespace(data=[path, path], allow_truncated=False))
-    assert held and not any(map(is_held_out, rest)) and all(map(is_held_out, held)) and len(rest) + len(held) == 1000
+    assert held and not any(map(is_held_out, rest)) and all(map(
+        is_held_out, held)) and len(rest) + len(held) == 1000
 
 
 def test_training_sees_no_held_out_document(train, folder, monkeypatch):
@@ -400,7 +461,8 @@ def test_training_sees_no_held_out_document(train, folder, monkeypatch):
     path, seen = folder / "many.txt", []
     path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
     real = train_adapter.windows
-    monkeypatch.setattr(train_adapter, "windows", lambda documents, *args: seen.extend(documents) or real(documents, *args))
+    monkeypatch.setattr(train_adapter, "windows",
+                        lambda documents, *args: seen.extend(documents) or real(documents, *args))
     assert train("--updates", 1, data="many.txt")[0] == 0
     assert 480 < len(seen) < 500 and not any(map(is_held_out, seen))
 
@@ -408,23 +470,27 @@ def test_training_sees_no_held_out_document(train, folder, monkeypatch):
 def test_too_few_documents_to_hold_one_out(train, tmp_path):
     """Guards the figures on held-out data: a document that was trained on, without a word."""
     path = tmp_path / "few.txt"
-    path.write_text("\n\n".join(t for i in range(30) if not is_held_out(t := f"{i} {sentences(i, 3)}")))
+    path.write_text("\n\n".join(t for i in range(30)
+                                if not is_held_out(t := f"{i} {sentences(i, 3)}")))
     status, err = train("--data", path)
     assert status == 0 and " 0 held out (too few" in err, err
     facts = json.loads((tmp_path / "out" / "config.json").read_text())["training"]
-    assert facts["held_out_documents"] == 0 and facts["documents"] == path.read_text().count("\n\n") + 1
+    assert facts["held_out_documents"] == 0 and facts["documents"] == path.read_text().count(
+        "\n\n") + 1
 
 
 def test_a_window_of_too_few_batches_is_passed_over():
-    """Guards a long run: it ends after hours, because the documents of one window are shorter than those of the others."""
+    """Guards a long run: it ends after hours, because the documents of one window are shorter than
+    those of the others."""
     args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0)
     documents = [6, 6, 2, 2]  # tokens; the two short ones share a batch
-    stream = train_adapter.updates(documents, args, lambda n: ([1] * n, [True] * n), Namespace(states=lambda *_: 0))
+    stream = train_adapter.updates(documents, args, lambda n: ([1] * n, [True] * n),
+                                   Namespace(states=lambda *_: 0))
     seen = [next(stream)[0][0] for _ in range(20)]
     assert seen == sorted(set(seen)) and 20 < seen[-1] < 40
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resuming, several processes
 
 LONG = ["--updates", 12, "--passes", 2, "--save-every", 3, "--window", 20, "--batch-tokens", 300]
@@ -432,13 +498,15 @@ LONG = ["--updates", 12, "--passes", 2, "--save-every", 3, "--window", 20, "--ba
 
 @pytest.fixture(scope="module")
 def killed(folder):
-    """(the folder of an uninterrupted run, the folder of one that was killed after its first checkpoint)."""
+    """(the folder of an uninterrupted run, the folder of one that was killed after its first
+    checkpoint)."""
     assert train_adapter.main(words(folder, folder / "one go", *LONG)) == 0
     out = folder / "killed"
     # Decoding many prompts after each update leaves seconds in which to kill it.
     args = words(folder, out, *LONG, "--eval-every", 1, "--eval-prompts", 40)
     command, env = [sys.executable, SCRIPT, *args], os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(folder / "stderr", "w") as err, subprocess.Popen(command, stderr=err, env=env) as process:
+    with open(folder / "stderr", "w") as err, subprocess.Popen(command, stderr=err,
+                                                               env=env) as process:
         while not (out / "checkpoint.pt").exists():
             assert process.poll() is None, (folder / "stderr").read_text()
             time.sleep(0.02)
@@ -454,7 +522,8 @@ def resumable(killed, tmp_path):
 
 
 def test_a_killed_run_resumes_exactly(train, killed, resumable):
-    """Guards --resume: optimizer, order, place in a window or learning rate lost; a log with steps doubled or half written."""
+    """Guards --resume: optimizer, order, place in a window or learning rate lost; a log with steps
+    doubled or half written."""
     state = torch.load(resumable / "checkpoint.pt", weights_only=True)
     assert 3 <= state["step"] < 12 and state["update"] > 0, "not killed inside a window"
     assert not (resumable / "adapter.safetensors").exists()
@@ -484,22 +553,27 @@ def test_another_seed_gives_another_adapter(train, killed, tmp_path):
     assert not same_weights(tmp_path / "out", killed[0])
 
 
-@pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3), ("--loss", "acceptance"), ("--vocabulary", 60),
-                                           ("--batches", 1), ("--architecture", "layer"), ("--seed", 7), ("--updates", 13),
-                                           ("--chat", "chatml"), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3),
+                                           ("--loss", "acceptance"), ("--vocabulary", 60),
+                                           ("--batches", 1), ("--architecture", "layer"),
+                                           ("--seed", 7), ("--updates", 13), ("--chat", "chatml"),
+                                           ("--dtype", "bfloat16")])
 def test_other_options_are_refused_on_resuming(refused, resumable, option, value):
     """Guards --resume: a run that goes on with other options and equals neither run."""
     refused(["checkpoint.pt", option, str(value)], *LONG, option, value, "--resume")
 
 
 def test_other_documents_are_refused_on_resuming(refused, resumable, tmp_path):
-    """Guards --resume: a run that goes on with as many other documents, at a place that means nothing there."""
-    (tmp_path / "chats.json").write_text(json.dumps([share_gpt(i + 1000 * (i == 7)) for i in range(40)]))
+    """Guards --resume: a run that goes on with as many other documents, at a place that means
+    nothing there."""
+    (tmp_path / "chats.json").write_text(
+        json.dumps([share_gpt(i + 1000 * (i == 7)) for i in range(40)]))
     refused(["checkpoint.pt", "--data"], *LONG, "--resume", "--data", tmp_path / "chats.json")
 
 
 def test_another_beginning_is_refused_on_resuming(refused, resumable, adapter):
-    """Guards config.json: an adapter that tells of another --init than the one it was begun from."""
+    """Guards config.json: an adapter that tells of another --init than the one it was begun
+    from."""
     refused(["checkpoint.pt", "--init"], *LONG, "--resume", "--init", adapter)
 
 
@@ -511,7 +585,8 @@ def test_another_model_is_refused_on_resuming(refused, resumable, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "missing", "other"])
 def test_a_damaged_checkpoint_is_refused(refused, resumable, damage):
-    """Guards --resume: a traceback, or a new start without a word, where the checkpoint is not one."""
+    """Guards --resume: a traceback, or a new start without a word, where the checkpoint is not
+    one."""
     path = resumable / "checkpoint.pt"
     data = path.read_bytes()
     path.write_bytes({"cut": data[:len(data) // 2], "text": b"no checkpoint"}.get(damage, b""))
@@ -526,29 +601,35 @@ def test_a_checkpoint_is_not_overwritten(refused, resumable):
     """Guards a long run: lost because the same command line was given again without --resume."""
     before = (resumable / "checkpoint.pt").read_bytes(), (resumable / "log.jsonl").read_bytes()
     refused(["--out", "--resume"], *LONG)
-    assert before == ((resumable / "checkpoint.pt").read_bytes(), (resumable / "log.jsonl").read_bytes())
+    assert before == ((resumable / "checkpoint.pt").read_bytes(),
+                      (resumable / "log.jsonl").read_bytes())
 
 
 def torchrun(args):
-    """Run the script with torchrun, in two processes; returns its exit status and what each of them wrote to stderr."""
+    """Run the script with torchrun, in two processes; returns its exit status and what each of them
+    wrote to stderr."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     log = Path(args[args.index("--out") + 1]).with_name("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-               "--master-port", port, "--log-dir", log, "--redirects", "3", SCRIPT, *args]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr",
+        "127.0.0.1", "--master-port", port, "--log-dir", log, "--redirects", "3", SCRIPT, *args
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     status = subprocess.run(command, capture_output=True, timeout=120, env=env).returncode
     return status, [path.read_text() for path in sorted(log.rglob("stderr.log"))]
 
 
 def test_two_processes_train_the_same_adapter(train, folder, tmp_path):
-    """Guards several GPUs: gradients averaged over batches instead of tokens, batches seen twice, files written by both."""
+    """Guards several GPUs: gradients averaged over batches instead of tokens, batches seen twice,
+    files written by both."""
     args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2, "--save-every", 2
     status, errors = torchrun(words(folder, tmp_path / "two", *args))
     assert status == 0, errors
     assert train(*args)[0] == 0
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("out", "two"))
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                for name in ("out", "two"))
     assert one["tokens"] == two["tokens"]
     for name, weight in one["weights"].items():
         assert torch.allclose(weight, two["weights"][name], rtol=1e-3, atol=1e-5), name
@@ -556,16 +637,20 @@ def test_two_processes_train_the_same_adapter(train, folder, tmp_path):
 
 
 def test_if_one_process_fails_all_end(folder, tmp_path):
-    """Guards several processes: one that waits for ever, or ends in a traceback, because another could not write."""
+    """Guards several processes: one that waits for ever, or ends in a traceback, because another
+    could not write."""
     (tmp_path / "out" / "checkpoint.pt.tmp").mkdir(parents=True)
     status, errors = torchrun(words(folder, tmp_path / "out", "--save-every", 1, "--updates", 500))
-    assert status != 0 and len(errors) == 2 and not any("Traceback" in error for error in errors), errors
+    assert status != 0 and len(errors) == 2 and not any("Traceback" in error
+                                                        for error in errors), errors
     assert errors[0].endswith("checkpoint.pt: cannot be written (Is a directory)\n")
-    assert errors[1] in ("", "train_adapter.py: process 1 stops, because another one has\n")  # or torchrun was faster
+    assert errors[1] in ("", "train_adapter.py: process 1 stops, because another one has\n"
+                         )  # or torchrun was faster
 
 
 @pytest.mark.parametrize("rank", "01")
-@pytest.mark.parametrize("args, part", [(["--batches", 3], "--batches 3"), (["--max-length", 2], "--max-length 2"),
+@pytest.mark.parametrize("args, part", [(["--batches", 3], "--batches 3"),
+                                        (["--max-length", 2], "--max-length 2"),
                                         (["--window", 1], "--window 1")])
 def test_all_processes_find_the_same_fault(train, monkeypatch, tmp_path, rank, args, part):
     """Guards several processes: one that waits for another which has stopped, and says nothing."""
@@ -574,23 +659,31 @@ def test_all_processes_find_the_same_fault(train, monkeypatch, tmp_path, rank, a
     monkeypatch.setattr(train_adapter.dist, "init_process_group", lambda backend: None)
     monkeypatch.setattr(train_adapter, "DistributedDataParallel", lambda adapter: adapter)
     status, err = train(*args)
-    assert status == 2 and err.splitlines()[-1].startswith(f"train_adapter.py: {part}: ") and "Traceback" not in err
+    assert status == 2 and err.splitlines()[-1].startswith(
+        f"train_adapter.py: {part}: ") and "Traceback" not in err
     assert not list((tmp_path / "out").iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data files
 
-ENTRIES = [share_gpt(i) for i in range(3)] + [{"text": "A \u201ctext\u201d,\nof two lines and [brackets] {}."}]
-DOCUMENTS = [[m["value"] for m in entry["conversations"]] if "text" not in entry else entry["text"] for entry in ENTRIES]
+ENTRIES = [share_gpt(i)
+           for i in range(3)] + [{"text": "A \u201ctext\u201d,\nof two lines and [brackets] {}."}]
+DOCUMENTS = [[m["value"]
+              for m in entry["conversations"]] if "text" not in entry else entry["text"]
+             for entry in ENTRIES]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("form", [
-    json.dumps(ENTRIES), json.dumps(ENTRIES, indent=2, ensure_ascii=False), "\n".join(map(json.dumps, ENTRIES)) + "\n\n",
-    "\ufeff" + json.dumps(ENTRIES, ensure_ascii=False), "\n \n" + "\r\n".join(map(json.dumps, ENTRIES))])
+    json.dumps(ENTRIES),
+    json.dumps(ENTRIES, indent=2, ensure_ascii=False), "\n".join(map(json.dumps, ENTRIES)) + "\n\n",
+    "\ufeff" + json.dumps(ENTRIES, ensure_ascii=False),
+    "\n \n" + "\r\n".join(map(json.dumps, ENTRIES))
+])
 def test_all_forms_read_alike(tmp_path, form, packed):
-    """Guards reading: an entry lost or changed by the form of the file, its line ends, its byte-order mark or gzip."""
+    """Guards reading: an entry lost or changed by the form of the file, its line ends, its
+    byte-order mark or gzip."""
     path = tmp_path / ("data.json" + ".gz" * packed)
     (gzip.open if packed else open)(path, "wb").write(form.encode())
     assert read_documents(path) == DOCUMENTS
@@ -600,14 +693,20 @@ def test_plain_text_is_split_at_blank_lines(tmp_path):
     """Guards plain text: documents joined, split at a line end, or empty."""
     path = tmp_path / "data.txt"
     path.write_text("\nOne\nand more\n\n\n\nTwo\n \t\n\n  Three\n\n")
-    assert [document.strip("\n") for document in read_documents(path)] == ["One\nand more", "Two", "  Three"]
+    assert [document.strip("\n")
+            for document in read_documents(path)] == ["One\nand more", "Two", "  Three"]
 
 
-@pytest.mark.parametrize("turns, kept", [
-    ("system:s human:a gpt:b", "a b"), ("gpt:b human:a gpt:b", "a b"), ("human:a gpt:b human:c", "a b"), ("human:a", ""),
-    ("human:a gpt:b human:c human:d gpt:e", "a b"), ("human:a gpt:b gpt:c human:d gpt:e", "a b"), ("", ""), ("gpt:b", ""),
-    ("human:a gpt:b human:c gpt:", "a b"), ("human: human:a gpt:b", "a b"), ("human:a tool:x gpt:b", ""),
-    ("user:a assistant:b", "a b"), ("user:a chatgpt:b bing:c", "a b"), ("human:a gpt:", "")])
+@pytest.mark.parametrize("turns, kept", [("system:s human:a gpt:b", "a b"),
+                                         ("gpt:b human:a gpt:b", "a b"),
+                                         ("human:a gpt:b human:c", "a b"), ("human:a", ""),
+                                         ("human:a gpt:b human:c human:d gpt:e", "a b"),
+                                         ("human:a gpt:b gpt:c human:d gpt:e", "a b"), ("", ""),
+                                         ("gpt:b", ""), ("human:a gpt:b human:c gpt:", "a b"),
+                                         ("human: human:a gpt:b", "a b"),
+                                         ("human:a tool:x gpt:b", ""),
+                                         ("user:a assistant:b", "a b"),
+                                         ("user:a chatgpt:b bing:c", "a b"), ("human:a gpt:", "")])
 def test_odd_conversations(turns, kept):
     """Guards real ShareGPT: an answer learned behind a turn that is not its prompt, or a crash."""
     messages = [dict(zip(("from", "value"), turn.split(":"))) for turn in turns.split()]
@@ -619,37 +718,44 @@ def test_odd_conversations(turns, kept):
 ONE = json.dumps({"text": TEXT[0]})
 
 
-@pytest.mark.parametrize("name, data, parts", [
-    ("bad.jsonl", f"{ONE}\n\n{ONE[:-5]}\n{ONE}", ["bad.jsonl:3", "not valid JSON"]),
-    ("bad.jsonl", f"{ONE}\n[1]", ["bad.jsonl:2", "conversations"]),
-    ("bad.jsonl", f"{ONE}\n" + '{"text": 5}', ["bad.jsonl:2", "conversations"]),
-    ("bad.json", f"[{ONE},\n{ONE},\n{ONE[:-5]}", ["bad.json:3", "2 entries", "--allow-truncated"]),
-    ("bad.json", f"[{ONE},\n{ONE},\n", ["bad.json:3", "2 entries", "--allow-truncated"]),
-    ("bad.json", f"[{ONE}\n{ONE}]", ["bad.json:1", "--allow-truncated"]),
-    ("bad.json", "[", ["bad.json:1", "0 entries"]),
-    ("bad.json", f"[{ONE},\n 1]", ["bad.json:2", "conversations"]),
-    ("bad.json", f"[{ONE}]\n[{ONE}]", ["bad.json:1", "1 entries", "ends"]),
-    ("bad.jsonl", f"{ONE[5:]}\n{ONE}", ["bad.jsonl:1", "not valid JSON"]),
-    ("bad.jsonl", '{"text": " \\n"}\n' * 9, "no document"),
-    ("bad.json", "[" * 100_000, ["bad.json:1", "0 entries"]),
-    ("bad.jsonl", '{"text":' * 100_000, ["bad.jsonl:1", "not valid JSON"]),
-    ("bad.json", "[]", "no document"), ("bad.txt", "", "no document"), ("bad.txt", " \n\n\n ", "no document"),
-    ("bad.json", json.dumps([{"conversations": "human"}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": [1]}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": [{"from": "human", "value": 5}]}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": [{"from": ["human"], "value": "a"}]}]), "bad.json:1"),
-    ("bad.json", json.dumps([{"conversations": []}]), "no document"),
-    ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read as UTF-8"]),
-    ("bad.bin", random.Random(0).randbytes(999), ["bad.bin", "cannot be read as UTF-8"]),
-    ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
-    ("bad.json.gz", gzip.compress(ONE.encode() * 50)[:-20], ["bad.json.gz", "cannot be read"]),
-    ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500, ["bad.json.gz", "cannot be read"]),
-    ("missing.json", None, ["missing.json", "cannot be read"])])
+@pytest.mark.parametrize(
+    "name, data, parts",
+    [("bad.jsonl", f"{ONE}\n\n{ONE[:-5]}\n{ONE}", ["bad.jsonl:3", "not valid JSON"]),
+     ("bad.jsonl", f"{ONE}\n[1]", ["bad.jsonl:2", "conversations"]),
+     ("bad.jsonl", f"{ONE}\n" + '{"text": 5}', ["bad.jsonl:2", "conversations"]),
+     ("bad.json", f"[{ONE},\n{ONE},\n{ONE[:-5]}", ["bad.json:3", "2 entries", "--allow-truncated"]),
+     ("bad.json", f"[{ONE},\n{ONE},\n", ["bad.json:3", "2 entries", "--allow-truncated"]),
+     ("bad.json", f"[{ONE}\n{ONE}]", ["bad.json:1", "--allow-truncated"]),
+     ("bad.json", "[", ["bad.json:1", "0 entries"]),
+     ("bad.json", f"[{ONE},\n 1]", ["bad.json:2", "conversations"]),
+     ("bad.json", f"[{ONE}]\n[{ONE}]", ["bad.json:1", "1 entries", "ends"]),
+     ("bad.jsonl", f"{ONE[5:]}\n{ONE}", ["bad.jsonl:1", "not valid JSON"]),
+     ("bad.jsonl", '{"text": " \\n"}\n' * 9, "no document"),
+     ("bad.json", "[" * 100_000, ["bad.json:1", "0 entries"]),
+     ("bad.jsonl", '{"text":' * 100_000, ["bad.jsonl:1", "not valid JSON"]),
+     ("bad.json", "[]", "no document"), ("bad.txt", "", "no document"),
+     ("bad.txt", " \n\n\n ", "no document"),
+     ("bad.json", json.dumps([{"conversations": "human"}]), "bad.json:1"),
+     ("bad.json", json.dumps([{"conversations": [1]}]), "bad.json:1"),
+     ("bad.json", json.dumps([{"conversations": [{"from": "human", "value": 5}]}]), "bad.json:1"),
+     ("bad.json", json.dumps([{"conversations": [{"from": ["human"], "value": "a"}]}
+                              ]), "bad.json:1"),
+     ("bad.json", json.dumps([{"conversations": []}]), "no document"),
+     ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read as UTF-8"]),
+     ("bad.bin", random.Random(0).randbytes(999), ["bad.bin", "cannot be read as UTF-8"]),
+     ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
+     ("bad.json.gz", gzip.compress(ONE.encode() * 50)[:-20], ["bad.json.gz", "cannot be read"]),
+     ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500,
+      ["bad.json.gz", "cannot be read"]),
+     ("missing.json", None, ["missing.json", "cannot be read"])])
 def test_damaged_data_is_refused(refused, folder, tmp_path, name, data, parts):
-    """Guards a user's data: a traceback, a line that does not say where, or half a file learned without a word."""
+    """Guards a user's data: a traceback, a line that does not say where, or half a file learned
+    without a word."""
     if data is not None:
         (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    refused(parts, "--data", folder / "plain.txt" if "no document" not in parts else tmp_path / name, tmp_path / name)
+    refused(parts, "--data",
+            folder / "plain.txt" if "no document" not in parts else tmp_path / name,
+            tmp_path / name)
 
 
 def test_a_truncated_list_is_taken_when_asked_to(train, folder, tmp_path):
@@ -661,14 +767,16 @@ def test_a_truncated_list_is_taken_when_asked_to(train, folder, tmp_path):
 
 
 def test_half_a_character_is_no_crash(train, tmp_path):
-    """Guards JSON's escapes: a lone surrogate, which web data has, ends in a traceback of the tokenizer."""
+    """Guards JSON's escapes: a lone surrogate, which web data has, ends in a traceback of the
+    tokenizer."""
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{i} {sentences(i, 2)} \ud83e"}) + "\n" for i in range(40)))
+    path.write_text("".join(
+        json.dumps({"text": f"{i} {sentences(i, 2)} \ud83e"}) + "\n" for i in range(40)))
     status, err = train("--data", path)
     assert status == 0, err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The adapter
 
 @pytest.fixture(scope="module", params=["attention", "layer"])
@@ -676,26 +784,34 @@ def adapter(request, folder):
     """The folder of a trained adapter, `layer` with a vocabulary of 60 tokens."""
     architecture, more = request.param, ["--vocabulary", 60] * (request.param == "layer")
     out = folder / f"adapter {architecture}"
-    assert train_adapter.main(words(folder, out, "--architecture", architecture, *more, "--updates", 30, "--passes", 10)) == 0
+    assert train_adapter.main(
+        words(folder, out, "--architecture", architecture, *more, "--updates", 30, "--passes",
+              10)) == 0
     return out
 
 
 def decode(folder, adapter, *args):
-    return kangaroo.main([str(word) for word in [
-        "--model", folder / "model", "--adapter", adapter, "--device", "cpu", "--dtype", "float32", "--prompt", TEXT[0],
-        "--max-new-tokens", 40, "--chat", "zephyr", *args]])
+    return kangaroo.main([
+        str(word) for word in [
+            "--model", folder / "model", "--adapter", adapter, "--device", "cpu", "--dtype",
+            "float32", "--prompt", TEXT[0], "--max-new-tokens", 40, "--chat", "zephyr", *args
+        ]
+    ])
 
 
-@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--top-p", 0.9]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--top-p", 0.9]],
+                         ids=["greedy", "sampled"])
 def test_a_trained_adapter_decodes_losslessly(folder, adapter, capfd, sampling):
-    """Guards what training is for: an adapter that kangaroo.py cannot load, or that changes the text."""
+    """Guards what training is for: an adapter that kangaroo.py cannot load, or that changes the
+    text."""
     assert decode(folder, adapter, "--compare", "--threshold", 0, *sampling) == 0
     out, err = capfd.readouterr()
     assert "1 of 1 identical to vanilla" in out and "accepted by draft position" in out and "exit layer 1" in err
 
 
 def test_the_saved_adapter_is_the_trained_one(folder, adapter):
-    """Guards saving: weights under wrong names, of another step, or without the facts that decoding goes by."""
+    """Guards saving: weights under wrong names, of another step, or without the facts that decoding
+    goes by."""
     data = json.loads((adapter / "config.json").read_text())
     trained = torch.load(adapter / "checkpoint.pt", weights_only=True)["weights"]
     loaded, facts = load_adapter(adapter, load_llama(folder / "model"))
@@ -704,21 +820,27 @@ def test_the_saved_adapter_is_the_trained_one(folder, adapter):
     assert type(loaded) is ADAPTERS[data["architecture"]] and facts["exit_layer"] == 1
     assert data["training"]["updates"] == 30 and data["chat_template"] == "zephyr"
     if loaded.vocabulary is not None:
-        assert len(loaded.vocabulary) == 60 and 2 in loaded.vocabulary and 0 < data["training"]["vocabulary_coverage"] <= 1
+        assert len(
+            loaded.vocabulary
+        ) == 60 and 2 in loaded.vocabulary and 0 < data["training"]["vocabulary_coverage"] <= 1
 
 
 def test_training_begins_from_another_adapter(folder, adapter, tmp_path):
-    """Guards --init: fresh weights all the same, another architecture, or where it came from forgotten."""
-    assert train_adapter.main(words(folder, tmp_path, "--init", adapter, "--updates", 1, "--lr", 1e-12)) == 0
+    """Guards --init: fresh weights all the same, another architecture, or where it came from
+    forgotten."""
+    assert train_adapter.main(
+        words(folder, tmp_path, "--init", adapter, "--updates", 1, "--lr", 1e-12)) == 0
     started, ended = (load_file(out / "adapter.safetensors") for out in (adapter, tmp_path))
     assert all(torch.equal(started[name], weight) for name, weight in ended.items())
     before, after = (json.loads((out / "config.json").read_text()) for out in (adapter, tmp_path))
-    assert after["architecture"] == before["architecture"] and after["training"]["init"] == before["training"]
+    assert after["architecture"] == before["architecture"] and after["training"]["init"] == before[
+        "training"]
     assert before["training"]["init"] is None
 
 
 def test_drafts_come_from_the_vocabulary(folder, tmp_path):
-    """Guards a smaller vocabulary: drafts by their number in it instead of their id, from outside of it, or not the likeliest."""
+    """Guards a smaller vocabulary: drafts by their number in it instead of their id, from outside
+    of it, or not the likeliest."""
     assert train_adapter.main(words(folder, tmp_path, "--vocabulary", 60)) == 0
     model = load_llama(folder / "model")
     adapter, _ = load_adapter(tmp_path, model)
@@ -740,13 +862,16 @@ def test_drafts_come_from_the_vocabulary(folder, tmp_path):
 
 
 def test_training_begins_from_an_untrained_adapter(train, tmp_path):
-    """Guards --init random, which has no config.json: found out after the last update, with nothing saved."""
+    """Guards --init random, which has no config.json: found out after the last update, with nothing
+    saved."""
     assert train("--init", "random", "--updates", 1)[0] == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["training"]["init"] == "random"
+    assert json.loads(
+        (tmp_path / "out" / "config.json").read_text())["training"]["init"] == "random"
 
 
 def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path, capfd):
-    """Guards against a slow mispairing: a model of the same shape with other weights, with which nothing would be accepted."""
+    """Guards against a slow mispairing: a model of the same shape with other weights, with which
+    nothing would be accepted."""
     write_model(tmp_path / "model", seed=1)
     assert decode(tmp_path, adapter) == 2
     assert re.fullmatch(r"kangaroo\.py: [^\n]*another model[^\n]*\n", capfd.readouterr().err)
@@ -759,7 +884,8 @@ def test_an_unknown_architecture_is_refused(folder, adapter, tmp_path, capfd, ar
     data = json.loads((copied / "config.json").read_text()) | {"architecture": architecture}
     (copied / "config.json").write_text(json.dumps(data))
     assert decode(folder, copied) == 2
-    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer\n", capfd.readouterr().err)
+    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer\n",
+                        capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("vocabulary", [[0, 340], [-1, 5], [], [[1, 2]], [0.5, 1]])
@@ -774,51 +900,77 @@ def test_a_damaged_vocabulary_is_refused(folder, adapter, tmp_path, capfd, vocab
 
 
 def test_a_model_answers_by_itself(folder, tmp_path, capsys):
-    """Guards models/own_answers.py: answers unlike those that decoding gives, to other prompts, or in a form nobody reads."""
-    model, eos = load_llama(folder / "model"), (2, *range(3, 120))  # so many that answers end at different lengths
+    """Guards models/own_answers.py: answers unlike those that decoding gives, to other prompts, or
+    in a form nobody reads."""
+    model, eos = load_llama(folder / "model"), (
+        2, *range(3, 120))  # so many that answers end at different lengths
     model.config = replace(model.config, eos_token_ids=eos)
     prompts = torch.randint(130, 340, (6, 9), generator=torch.Generator().manual_seed(0)).tolist()
     found = own_answers.answers(model, prompts, 30)
-    assert found == [[token for round_ in generate(model, kangaroo.NoDrafter(model), prompt, 30, eos=eos)
-                      for token in round_.tokens] for prompt in prompts]
+    assert found == [[
+        token
+        for round_ in generate(model, kangaroo.NoDrafter(model), prompt, 30, eos=eos)
+        for token in round_.tokens
+    ]
+                     for prompt in prompts]
     assert len(set(map(len, found))) > 2
     model.config = replace(model.config, max_position_embeddings=20, eos_token_ids=())
-    assert own_answers.answers(model, prompts[:1], 30) == [[token for round_ in generate(
-        model, kangaroo.NoDrafter(model), prompts[0], 30) for token in round_.tokens]], "beyond the context"
-    own_answers.main([str(word) for word in [
-        "--model", folder / "model", "--data", folder / "chats.json", "--out", tmp_path / "own.jsonl", "--batch", 2,
-        "--max-new-tokens", 20, "--device", "cpu", "--dtype", "float32"]])
+    assert own_answers.answers(model, prompts[:1], 30) == [[
+        token for round_ in generate(model, kangaroo.NoDrafter(model), prompts[0], 30)
+        for token in round_.tokens
+    ]], "beyond the context"
+    own_answers.main([
+        str(word) for word in [
+            "--model", folder / "model", "--data", folder / "chats.json", "--out", tmp_path
+            / "own.jsonl", "--batch", 2, "--max-new-tokens", 20, "--device", "cpu", "--dtype",
+            "float32"
+        ]
+    ])
     asked = {document[0] for document in read_documents(folder / "chats.json")}
     answered = {document[0] for document in read_documents(tmp_path / "own.jsonl")}
     assert answered and answered <= asked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors a user makes
 
-@pytest.mark.parametrize("args, parts", [
-    (["--model", "nowhere"], ["nowhere", "--model"]), (["--exit-layer", 4], ["--exit-layer 4", "4 layers"]),
-    (["--exit-layer", -1], "--exit-layer -1"), (["--exit-layer", "two"], "--exit-layer"), (["--updates", 0], "--updates 0"),
-    (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]), (["--architecture", "mlp"], ["mlp", "layer"]),
-    (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]), (["--passes", 0], "--passes 0"),
-    (["--window", 1], "--window 1"), (["--vocabulary", 0], "--vocabulary 0"), (["--vocabulary", -5], "--vocabulary -5"),
-    (["--vocabulary", 341], ["--vocabulary 341", "340"]), (["--eval-documents", 0], "--eval-documents 0"),
-    (["--eval-prompts", -1], "--eval-prompts -1"), (["--lr", -1], "--lr -1"), (["--lr", "nan"], "--lr nan"),
-    (["--clip", 0], "--clip 0"), (["--weight-decay", -1], "--weight-decay -1"),
-    (["--chat", "alpaca"], ["--chat alpaca", "chatml"]), (["--init", "nowhere"], "nowhere"),
-    (["--dtype", "int8"], "--dtype int8"), (["--device", "tpu"], "--device tpu"),
-    (["--colour"], "--colour"), (["--max-length", 2], "--max-length 2"), (["--seed", 2 ** 64], "--seed 18446744073709551616"),
-    (["--resume"], ["--resume", "checkpoint.pt"]), (["--lr", 1e30], ["--lr 1e+30", "--dtype"])])
+@pytest.mark.parametrize("args, parts",
+                         [(["--model", "nowhere"], ["nowhere", "--model"]),
+                          (["--exit-layer", 4], ["--exit-layer 4", "4 layers"]),
+                          (["--exit-layer", -1], "--exit-layer -1"),
+                          (["--exit-layer", "two"], "--exit-layer"),
+                          (["--updates", 0], "--updates 0"),
+                          (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]),
+                          (["--architecture", "mlp"], ["mlp", "layer"]),
+                          (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]),
+                          (["--passes", 0], "--passes 0"), (["--window", 1], "--window 1"),
+                          (["--vocabulary", 0], "--vocabulary 0"),
+                          (["--vocabulary", -5], "--vocabulary -5"),
+                          (["--vocabulary", 341], ["--vocabulary 341", "340"]),
+                          (["--eval-documents", 0], "--eval-documents 0"),
+                          (["--eval-prompts", -1], "--eval-prompts -1"), (["--lr", -1], "--lr -1"),
+                          (["--lr", "nan"], "--lr nan"), (["--clip", 0], "--clip 0"),
+                          (["--weight-decay", -1], "--weight-decay -1"),
+                          (["--chat", "alpaca"], ["--chat alpaca", "chatml"]),
+                          (["--init", "nowhere"], "nowhere"), (["--dtype", "int8"], "--dtype int8"),
+                          (["--device", "tpu"], "--device tpu"), (["--colour"], "--colour"),
+                          (["--max-length", 2], "--max-length 2"),
+                          (["--seed", 2 ** 64], "--seed 18446744073709551616"),
+                          (["--resume"], ["--resume", "checkpoint.pt"]),
+                          (["--lr", 1e30], ["--lr 1e+30", "--dtype"])])
 def test_a_wrong_option_is_refused(train, args, parts):
-    """Guards a user's mistake: a traceback, a line that does not name the option, or hours of training for something else."""
+    """Guards a user's mistake: a traceback, a line that does not name the option, or hours of
+    training for something else."""
     status, err = train(*args)
     lines = err.splitlines()
-    assert status == 2 and lines[-1].startswith("train_adapter.py: ") and "Traceback" not in err, err
+    assert status == 2 and lines[-1].startswith(
+        "train_adapter.py: ") and "Traceback" not in err, err
     assert all(part in lines[-1] for part in ([parts] if isinstance(parts, str) else parts)), err
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
-    """Guards a run that diverges: hours more of NaN, and an adapter of NaN in place of the last good checkpoint."""
+    """Guards a run that diverges: hours more of NaN, and an adapter of NaN in place of the last
+    good checkpoint."""
     status, err = train("--lr", 1e30, "--save-every", 1)
     weights = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["weights"]
     assert status == 2 and not (tmp_path / "out" / "adapter.safetensors").exists(), err
@@ -831,11 +983,13 @@ def test_an_interruption_says_how_to_go_on(train, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(train_adapter, "one_update", interrupt)
     status, err = train()
-    assert status == 130 and "Traceback" not in err and err.endswith("interrupted, --resume goes on from the last checkpoint\n")
+    assert status == 130 and "Traceback" not in err and err.endswith(
+        "interrupted, --resume goes on from the last checkpoint\n")
 
 
 def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
-    """Guards the progress line: wider than the terminal it cannot be rewritten, and each update leaves a line behind."""
+    """Guards the progress line: wider than the terminal it cannot be rewritten, and each update
+    leaves a line behind."""
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -849,7 +1003,8 @@ def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
     shown = sys.stderr.getvalue().replace("\033[K", "")
     lines = re.split("[\r\n]", shown)
     assert [line[:10] for line in lines[:3]] == ["█" * n + "░" * (10 - n) for n in (3, 6, 10)]
-    assert all(len(line) == 49 for line in lines[:3]) and lines[3:] == ["held out: loss 1.0", ""] and shown.count("\n") == 2
+    assert all(len(line) == 49 for line in lines[:3]) and lines[3:] == ["held out: loss 1.0", ""
+                                                                        ] and shown.count("\n") == 2
 
 
 @pytest.mark.parametrize("name", ["out", "out/deeper"])
@@ -867,7 +1022,8 @@ def test_a_required_option_is_missed(capfd):
 
 
 def test_prompts_beyond_the_context_are_no_crash(train, tmp_path):
-    """Guards evaluations: prompts longer than the context leave nothing to decode, or to divide by."""
+    """Guards evaluations: prompts longer than the context leave nothing to decode, or to divide
+    by."""
     prompt = next(p for i in range(1000) if is_held_out(p := f"{i} {sentences(0, 90)}"))
     chats = [share_gpt(i) for i in range(40)]
     kept = [chat for chat in chats if not is_held_out(chat["conversations"][0]["value"])]

@@ -1,11 +1,22 @@
-"""Trees: both oracles of test_lossless.py and test_drafter.py hold, and each node has the bits of decoding along its path."""
+"""Trees: both oracles of test_lossless.py and test_drafter.py hold, and each node has the bits of
+decoding along its path."""
 import random
 from dataclasses import replace
 from math import ceil
 
 import pytest
 import torch
-from helpers import DEVICES, DTYPES, TINY, NoisyAdapter, PerfectAdapter, block, random_adapter, random_model, samplers
+from helpers import (
+    DEVICES,
+    DTYPES,
+    TINY,
+    NoisyAdapter,
+    PerfectAdapter,
+    block,
+    random_adapter,
+    random_model,
+    samplers,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_drafter import CheckedDrafter
@@ -16,12 +27,13 @@ from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, Sampler, one_shape, rows_are_alike
 
 WIDTHS = st.sampled_from([CHAIN_WIDTH + 1, 12, 16, 32])
-WIDE = replace(TINY, hidden_size=320, intermediate_size=768, num_attention_heads=10, num_key_value_heads=5, head_dim=32,
-               num_hidden_layers=3, vocab_size=2000)
+WIDE = replace(TINY, hidden_size=320, intermediate_size=768, num_attention_heads=10,
+               num_key_value_heads=5, head_dim=32, num_hidden_layers=3, vocab_size=2000)
 
 
 def random_parents(source, n, deepest):
-    """Any tree of n nodes below the root that is at most `deepest` levels deep: `parents` as in Draft."""
+    """Any tree of n nodes below the root that is at most `deepest` levels deep: `parents` as in
+    Draft."""
     depth, parents = [0], []
     for _ in range(n if deepest else 0):
         parent = source.choice([i for i, d in enumerate(depth) if d < deepest])
@@ -30,7 +42,8 @@ def random_parents(source, n, deepest):
 
 
 class RandomTreeDrafter(NoDrafter):
-    """Proposes any tree at all; knows the right text, and has it on a branch now and then so that paths get accepted."""
+    """Proposes any tree at all; knows the right text, and has it on a branch now and then so that
+    paths get accepted."""
 
     def __init__(self, model, seed, text, width):
         super().__init__(model)
@@ -44,27 +57,34 @@ class RandomTreeDrafter(NoDrafter):
             while path[0]:
                 path.insert(0, parents[path[0] - 1])
             said = [tokens[node - 1] for node in path if node]
-            right = self.text[len(ids) + len(said):][:1] if self.text[len(ids):][:len(said)] == said else []
-            token = right[0] if right and self.random.random() < 0.7 else self.random.randrange(size)
+            right = self.text[len(ids)
+                              + len(said):][:1] if self.text[len(ids):][:len(said)] == said else []
+            token = right[0] if right and self.random.random() < 0.7 else self.random.randrange(
+                size)
             siblings = [t for t, p in zip(tokens, parents) if p == parent]
             free = [t for t in range(size) if t not in siblings]
             if not free:
                 break
-            tokens.append(token if token in free else self.random.choice(free)), parents.append(parent)
+            tokens.append(token if token in free else self.random.choice(free)), parents.append(
+                parent)
         return Draft(tokens, self.model.embed(ids[-1:] + tokens), parents=parents)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from([*ADAPTERS, "any tree", "any tree"]), sampler=samplers,
-       prompt_length=st.integers(1, 40), n=st.integers(1, 40), width=WIDTHS, data=st.data(), packed=st.booleans(),
-       threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0]), eos=st.sets(st.integers(0, 39), max_size=2))
+@given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
+    [*ADAPTERS, "any tree", "any tree"]), sampler=samplers, prompt_length=st.integers(1, 40),
+       n=st.integers(1, 40), width=WIDTHS, data=st.data(), packed=st.booleans(),
+       threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0]), eos=st.sets(st.integers(0, 39),
+                                                                     max_size=2))
 @settings(max_examples=30)
-def test_any_tree_gives_the_bits_of_vanilla(
-        device, dtype, config, seed, kind, sampler, prompt_length, n, width, data, packed, threshold, eos):
-    """Guards everything: paths, positions, order of summation, rows moved after acceptance, block edges, EOS on a branch."""
+def test_any_tree_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, sampler,
+                                            prompt_length, n, width, data, packed, threshold, eos):
+    """Guards everything: paths, positions, order of summation, rows moved after acceptance, block
+    edges, EOS on a branch."""
     exit_layer = data.draw(st.integers(0, config.num_hidden_layers - 1), "exit layer")
-    steps, candidates = data.draw(st.integers(0, width - 1), "γ"), data.draw(st.sampled_from([1, 2, 4, 10]), "K")
+    steps, candidates = data.draw(st.integers(0, width - 1),
+                                  "γ"), data.draw(st.sampled_from([1, 2, 4, 10]), "K")
     with block(data.draw(st.sampled_from([32, 64]), "block")):
         model = random_model(config, seed, dtype, device, packed_for=width if packed else None)
         prompt = [random.Random(seed).randrange(config.vocab_size) for _ in range(prompt_length)]
@@ -73,58 +93,71 @@ def test_any_tree_gives_the_bits_of_vanilla(
         if kind == "any tree":
             drafter = RandomTreeDrafter(model, seed, prompt + vanilla[0], width)
         else:
-            drafter = KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold, sampler, width, candidates)
+            drafter = KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer,
+                                      threshold, sampler, width, candidates)
         drafted = decode(model, drafter, prompt, n, garbage=7e3, **options)
         assert_equal_bits(model, prompt, vanilla, drafted)
-        assert all(len(r.draft.tokens) < width and max(r.draft.depth()) <= steps for r in drafted[3])
+        assert all(
+            len(r.draft.tokens) < width and max(r.draft.depth()) <= steps for r in drafted[3])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [12, 16, 32])
 def test_every_node_has_the_bits_of_its_path(device, dtype, width):
-    """All rows of a step, not only accepted ones, in a model wide enough to round: other keys in sight, another order of
-    summation, another position."""
+    """All rows of a step, not only accepted ones, in a model wide enough to round: other keys in
+    sight, another order of summation, another position."""
     model, source = random_model(WIDE, 3, dtype, device, packed_for=width), random.Random(width)
 
     def step(cache, tokens, start, parents=None):
         x = one_shape(model.embed(tokens), start, cache, width, parents)
         return model.logits(model.run_layers(*x, 0, len(model.layers)))[0]
 
-    for start in (3, 187 - width):  # within the first block, and up to the edge at 192: each row alone has the same view
+    for start in (
+            3, 187 - width
+    ):  # within the first block, and up to the edge at 192: each row alone has the same view
         before = KVCache.zeros(WIDE, 3, start + 2 * width, model.norm.weight)
-        before.rows.copy_(torch.randn(before.rows.shape, generator=torch.Generator().manual_seed(start)))
+        before.rows.copy_(
+            torch.randn(before.rows.shape, generator=torch.Generator().manual_seed(start)))
         cache = KVCache(before.rows.clone(), before.length)
-        tokens, parents = [source.randrange(2000) for _ in range(width)], random_parents(source, width - 1, 5)
+        tokens, parents = [source.randrange(2000) for _ in range(width)], random_parents(
+            source, width - 1, 5)
         together = step(cache, tokens, start, parents)
         for leaf in set(range(width)) - set(parents):
             path = [leaf]
             while path[0]:
                 path.insert(0, parents[path[0] - 1])
-            alone, moved = KVCache(before.rows.clone(), cache.length), KVCache(cache.rows.clone(), cache.length)
+            alone, moved = KVCache(before.rows.clone(),
+                                   cache.length), KVCache(cache.rows.clone(), cache.length)
             for i, node in enumerate(path):
                 assert torch.equal(step(alone, [tokens[node]], start + i)[0], together[node])
             moved.keep(start, path[1:])
-            assert torch.equal(moved.rows[:, :, :, :start + len(path)], alone.rows[:, :, :, :start + len(path)])
+            assert torch.equal(moved.rows[:, :, :, :start + len(path)],
+                               alone.rows[:, :, :, :start + len(path)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(0, 7),
-       threshold=st.sampled_from([0.0, 0.05, 0.2]), prompt_length=st.integers(1, 20), exit_layer=st.integers(0, 3),
-       candidates=st.sampled_from([2, 4, 10]), nodes=st.integers(1, 31), width=WIDTHS)
+@given(seed=st.integers(0, 999), kind=st.sampled_from(["random", "perfect", "noisy"]),
+       sampler=samplers, steps=st.integers(0, 7), threshold=st.sampled_from([0.0, 0.05, 0.2]),
+       prompt_length=st.integers(1, 20), exit_layer=st.integers(0, 3), candidates=st.sampled_from(
+           [2, 4, 10]), nodes=st.integers(1, 31), width=WIDTHS)
 @settings(max_examples=40)
-def test_every_tree_is_that_of_a_fresh_drafter(
-        device, seed, kind, sampler, steps, threshold, prompt_length, exit_layer, candidates, nodes, width):
-    """Guards the adapter's cache and the exit states: wrong rows moved, a leaf taken for a node that the adapter has seen."""
+def test_every_tree_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold,
+                                               prompt_length, exit_layer, candidates, nodes, width):
+    """Guards the adapter's cache and the exit states: wrong rows moved, a leaf taken for a node
+    that the adapter has seen."""
     with block(32):
         model = random_model(TINY, seed, torch.float64, device=device)
-        adapter = {"random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter, "noisy": NoisyAdapter}[kind](
-            model, exit_layer)
-        checked = CheckedDrafter(
-            lambda: KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width, candidates, nodes))
+        adapter = {
+            "random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter,
+            "noisy": NoisyAdapter
+        }[kind](model, exit_layer)
+        checked = CheckedDrafter(lambda: KangarooDrafter(model, adapter, exit_layer, threshold,
+                                                         sampler, width, candidates, nodes))
         prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
         rounds = list(generate(model, checked, prompt, 30, steps, sampler, width=width))
-        assert sum(len(r.tokens) for r in rounds) == 30 and all(len(r.draft.tokens) <= nodes for r in rounds)
+        assert sum(len(r.tokens)
+                   for r in rounds) == 30 and all(len(r.draft.tokens) <= nodes for r in rounds)
 
 
 class ChainDrafter(KangarooDrafter):
@@ -145,14 +178,20 @@ class ChainDrafter(KangarooDrafter):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), sampler=samplers, steps=st.integers(0, 7), threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
-       exit_layer=st.integers(0, 3), width=st.sampled_from([8, 16]))
+@given(seed=st.integers(0, 999), sampler=samplers, steps=st.integers(0, 7),
+       threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]), exit_layer=st.integers(0, 3),
+       width=st.sampled_from([8, 16]))
 @settings(max_examples=25)
-def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, threshold, exit_layer, width):
+def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, threshold,
+                                                  exit_layer, width):
     """K = 1: the same tokens, confidences and stops as a loop that knows no trees."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    runs = [list(generate(model, cls(model, random_adapter(model), exit_layer, threshold, sampler, width), [1, seed % 40], 25,
-                          steps, sampler, width=width)) for cls in (KangarooDrafter, ChainDrafter)]
+    runs = [
+        list(
+            generate(model, cls(model, random_adapter(model), exit_layer, threshold, sampler,
+                                width), [1, seed % 40], 25, steps, sampler, width=width))
+        for cls in (KangarooDrafter, ChainDrafter)
+    ]
     for a, b in zip(*runs, strict=True):
         assert a.tokens == b.tokens and a.draft.tokens == b.draft.tokens
         assert a.draft.parents == list(range(len(a.draft.tokens)))
@@ -160,13 +199,17 @@ def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40), exit_layer=st.integers(0, 3), width=WIDTHS,
-       candidates=st.integers(1, 10), sampler=st.sampled_from([Sampler(), Sampler(1e-4)]))
+@given(seed=st.integers(0, 999), steps=st.integers(0, 7),
+       n=st.integers(1, 40), exit_layer=st.integers(0, 3), width=WIDTHS, candidates=st.integers(
+           1, 10), sampler=st.sampled_from([Sampler(), Sampler(1e-4)]))
 @settings(max_examples=25)
-def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, width, candidates, sampler):
-    """Sure and right: the tree holds the text γ tokens deep in every round, ⌈N / (γ + 1)⌉ rounds for N tokens."""
+def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, width, candidates,
+                                           sampler):
+    """Sure and right: the tree holds the text γ tokens deep in every round, ⌈N / (γ + 1)⌉ rounds
+    for N tokens."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    adapter = PerfectAdapter(model, exit_layer, 1 if sampler.temperature else 10_000)  # the same choice, but sure of it
+    adapter = PerfectAdapter(
+        model, exit_layer, 1 if sampler.temperature else 10_000)  # the same choice, but sure of it
     drafter = KangarooDrafter(model, adapter, exit_layer, 0, sampler, width, candidates)
     with block(128):  # no edge cuts a draft short
         rounds = list(generate(model, drafter, [seed % 40], n, steps, sampler, width=width))
@@ -178,10 +221,12 @@ def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, w
 @given(seed=st.integers(0, 999), sampler=samplers, exit_layer=st.integers(0, 3))
 @settings(max_examples=20)
 def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_layer):
-    """Unsure but right: a tree with room for all candidates of three levels holds the text, at any temperature. Guards the
-    drafter's noise, and states or rows of the adapter that belong to another node."""
+    """Unsure but right: a tree with room for all candidates of three levels holds the text, at any
+    temperature. Guards the drafter's noise, and states or rows of the adapter that belong to
+    another node."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler, 16, 2)
+    drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler, 16,
+                              2)
     with block(128):
         rounds = list(generate(model, drafter, [seed % 40], 30, 3, sampler, width=16))
     assert all(r.accepted == max(r.draft.depth()) for r in rounds) and len(rounds) == 8
@@ -196,17 +241,20 @@ def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n, width):
     drafter = KangarooDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler(), width, 4)
     rounds = list(generate(model, drafter, [1], n, width=width))
     assert len(rounds) == n and not any(r.accepted for r in rounds)
-    assert [r.tokens for r in generate(model, NoDrafter(model), [1], n, width=width)] == [r.tokens for r in rounds]
+    assert [r.tokens for r in generate(model, NoDrafter(model), [1], n, width=width)
+            ] == [r.tokens for r in rounds]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), threshold=st.sampled_from([0.0, 0.03, 0.1, 0.3]), candidates=st.integers(2, 10),
-       nodes=st.integers(1, 15), steps=st.integers(1, 6))
+@given(seed=st.integers(0, 999), threshold=st.sampled_from([0.0, 0.03, 0.1, 0.3]),
+       candidates=st.integers(2, 10), nodes=st.integers(1, 15), steps=st.integers(1, 6))
 @settings(max_examples=40)
 def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, steps):
-    """γ, K, `nodes` and η are kept; a leaf that was left out is no better than any leaf that is in."""
+    """γ, K, `nodes` and η are kept; a leaf that was left out is no better than any leaf that is
+    in."""
     model = random_model(TINY, seed, device=device)
-    drafter, offered = KangarooDrafter(model, PerfectAdapter(model, 1, 2), 1, threshold, Sampler(), 16, candidates, nodes), []
+    drafter, offered = KangarooDrafter(model, PerfectAdapter(model, 1, 2), 1, threshold, Sampler(),
+                                       16, candidates, nodes), []
     children = drafter.children
     drafter.children = lambda *args: offered[-1].extend(found := children(*args)) or found
     generator = generate(model, drafter, [1, 2, 3], 30, steps, width=16)
@@ -216,24 +264,29 @@ def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, ste
         inner = set(draft.parents) - {0}
         assert all(draft.confidence[node - 1] > threshold for node in inner)
         edges = list(zip(draft.parents, draft.tokens))
-        assert len(set(edges)) == len(edges) and max(map(draft.parents.count, draft.parents), default=0) <= candidates
+        assert len(set(edges)) == len(edges) and max(map(draft.parents.count, draft.parents),
+                                                     default=0) <= candidates
         product = [1.0]
         for parent, p in zip(draft.parents, draft.confidence):
             product.append(product[parent] * p)
         leaves = [product[node] for node in range(1, len(product)) if node not in inner]
         left_out = [node.product for node in offered[-1] if (node.parent, node.token) not in edges]
-        assert not left_out or (len(edges) == nodes and max(left_out) <= min(leaves) + 1e-6 or max(left_out) <= max(product[1:]))
+        assert not left_out or (len(edges) == nodes and max(left_out) <= min(leaves) + 1e-6
+                                or max(left_out) <= max(product[1:]))
 
 
 @given(seed=st.integers(0, 99), data=st.data())
 @settings(max_examples=20)
 def test_siblings_are_the_next_best_choices(seed, data):
-    """Greedy: the top-K tokens. Sampling: those of the distribution perturbed with the noise of the node's position."""
+    """Greedy: the top-K tokens. Sampling: those of the distribution perturbed with the noise of the
+    node's position."""
     sampler = data.draw(samplers)
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed))
     chosen = sampler.candidates(logits, 7, [2, 0, 2], 5)
     assert torch.equal(chosen[:, 0], sampler.choose(logits, 7, [2, 0, 2]))
-    assert torch.equal(chosen[:, 0], torch.cat([sampler.choose(logits[i:i + 1], 7 + d) for i, d in enumerate([2, 0, 2])]))
+    assert torch.equal(
+        chosen[:, 0],
+        torch.cat([sampler.choose(logits[i:i + 1], 7 + d) for i, d in enumerate([2, 0, 2])]))
     if sampler.temperature == 0:
         assert torch.equal(chosen, logits.topk(5).indices)
     else:
@@ -243,7 +296,8 @@ def test_siblings_are_the_next_best_choices(seed, data):
 
 @pytest.mark.parametrize("where", ["accepted", "beside", "after"])
 def test_an_end_token_on_a_branch(where):
-    """EOS that the target says ends the text there; one on a branch that is not taken, or below the text's end, does not."""
+    """EOS that the target says ends the text there; one on a branch that is not taken, or below the
+    text's end, does not."""
     model = random_model()
     ids = [t for r in generate(model, NoDrafter(model), [1, 2, 3], 6, width=16) for t in r.tokens]
     assert len(set(ids[:3])) == 3
@@ -256,8 +310,8 @@ def test_an_end_token_on_a_branch(where):
     class One(NoDrafter):
         def draft(self, committed, n_max, cache):
             first = len(committed) == 3
-            return Draft(tokens, model.embed(committed[-1:] + tokens), parents=parents) if first else super().draft(
-                committed, n_max, cache)
+            return Draft(tokens, model.embed(committed[-1:] + tokens),
+                         parents=parents) if first else super().draft(committed, n_max, cache)
 
     rounds = list(generate(model, One(model), [1, 2, 3], 6, eos={eos}, width=16))
     if where == "beside":
@@ -269,15 +323,18 @@ def test_an_end_token_on_a_branch(where):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_self_check_sees_the_order_of_summation(device, dtype, monkeypatch):
-    """Keys and values in the order of slots, as tree attention elsewhere has them, must not pass the check at load."""
+    """Keys and values in the order of slots, as tree attention elsewhere has them, must not pass
+    the check at load."""
     model, in_order = random_model(WIDE, 0, dtype, device), llama.attend_in_order
     assert rows_are_alike(model, 16)
 
     def in_slot_order(q, k, v, rows):
         """The usual tree attention: only the mask knows the tree."""
-        mask = torch.full_like(rows.mask, -torch.inf).scatter_reduce(1, rows.columns, rows.mask, "amax")
+        mask = torch.full_like(rows.mask, -torch.inf).scatter_reduce(1, rows.columns, rows.mask,
+                                                                     "amax")
         slots = torch.arange(k.shape[1], device=q.device).expand_as(rows.columns)
         return in_order(q, k, v, rows._replace(mask=mask, columns=slots))
 
     monkeypatch.setattr(llama, "attend_in_order", in_slot_order)
-    assert dtype != torch.float32 or not rows_are_alike(model, 16)  # coarser types may round the difference away
+    assert dtype != torch.float32 or not rows_are_alike(
+        model, 16)  # coarser types may round the difference away

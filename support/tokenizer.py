@@ -1,7 +1,9 @@
-"""Text on one side, token ids on the other: the tokenizer, chat templates, and streaming. Decoding itself never sees text.
+"""Text on one side, token ids on the other: the tokenizer, chat templates, and streaming. Decoding
+itself never sees text.
 
-A model folder brings `tokenizer.model` (sentencepiece) or `tokenizer.json` (needs the optional package `tokenizers`).
-Chat templates are the five common ones by name; the Jinja programs in tokenizer_config.json are recognised, not run.
+A model folder brings `tokenizer.model` (sentencepiece) or `tokenizer.json` (needs the optional
+package `tokenizers`). Chat templates are the five common ones by name; the Jinja programs in
+tokenizer_config.json are recognised, not run.
 """
 import re
 from pathlib import Path
@@ -13,7 +15,8 @@ from llama import UserError, read_json
 
 
 class ChatTemplate(NamedTuple):
-    """`prefix` opens the conversation; `user` and `assistant` wrap a turn; `marker` betrays the template in a folder."""
+    """`prefix` opens the conversation; `user` and `assistant` wrap a turn; `marker` betrays the
+    template in a folder."""
     marker: str
     prefix: str
     user: str
@@ -21,7 +24,9 @@ class ChatTemplate(NamedTuple):
 
 
 CHAT_TEMPLATES = {
-    "chatml": ChatTemplate("<|im_start|>", "", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>\n"),
+    "chatml": ChatTemplate("<|im_start|>", "",
+                           "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+                           "{}<|im_end|>\n"),
     "llama3": ChatTemplate(
         "<|start_header_id|>", "",
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -29,21 +34,24 @@ CHAT_TEMPLATES = {
     "zephyr": ChatTemplate("<|assistant|>", "", "<|user|>\n{}</s>\n<|assistant|>\n", "{}</s>\n"),
     "llama2": ChatTemplate("[INST]", "", "[INST] {} [/INST]", " {} </s><s>"),
     "vicuna": ChatTemplate(
-        "USER:", "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "USER:",
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. ", "USER: {} ASSISTANT:", " {}</s>"),
     "none": ChatTemplate("", "", "{}", "{}"),
 }
 
 
 def find_chat_template(folder, name=None):
-    """(name, ChatTemplate): the one called `name`, else the one that the model folder's own metadata shows."""
+    """(name, ChatTemplate): the one called `name`, else the one that the model folder's own
+    metadata shows."""
     if name is not None and name not in CHAT_TEMPLATES:
         raise UserError(f"--chat {name}: no such template, choose from {', '.join(CHAT_TEMPLATES)}")
     config, jinja = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
     source = read_json(config).get("chat_template") if config.exists() else None
     if isinstance(source, list):  # several named templates
         if not all(isinstance(t, dict) for t in source):
-            raise UserError(f"{config}: chat_template = {source!r}, must be a text or a list of objects")
+            raise UserError(
+                f"{config}: chat_template = {source!r}, must be a text or a list of objects")
         source = next((t.get("template") for t in source if t.get("name") == "default"), None)
     if jinja.exists():
         try:
@@ -51,9 +59,11 @@ def find_chat_template(folder, name=None):
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"{jinja}: cannot be read ({e})") from None
     source = source if isinstance(source, str) else ""
-    name = name or next((n for n, t in CHAT_TEMPLATES.items() if t.marker and t.marker in source), "none")
+    name = name or next(
+        (n for n, t in CHAT_TEMPLATES.items() if t.marker and t.marker in source), "none")
     template = CHAT_TEMPLATES[name]
-    # A template may put a fixed system message before a conversation that has none (SmolLM2's does).
+    # A template may put a fixed system message before a conversation that has none (SmolLM2's
+    # does).
     system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", source)
     if name == "chatml" and system:
         template = template._replace(prefix=f"<|im_start|>system\n{system[1]}<|im_end|>\n")
@@ -61,14 +71,16 @@ def find_chat_template(folder, name=None):
 
 
 def render_chat(template, turns):
-    """Turns of user, assistant, user, … (the last is the user's) -> the text that the assistant continues."""
-    return template.prefix + "".join(
-        (template.assistant if i % 2 else template.user).format(turn) for i, turn in enumerate(turns))
+    """Turns of user, assistant, user, … (the last is the user's) -> the text that the assistant
+    continues."""
+    return template.prefix + "".join((template.assistant if i % 2 else template.user).format(turn)
+                                     for i, turn in enumerate(turns))
 
 
 class Tokenizer:
-    """encode(text) -> ids, with the beginning-of-sequence token if the model wants it; decode(ids) -> text without
-    special tokens. Special tokens such as </s> are recognised in the text, as Hugging Face does."""
+    """encode(text) -> ids, with the beginning-of-sequence token if the model wants it; decode(ids)
+    -> text without special tokens. Special tokens such as </s> are recognised in the text, as
+    Hugging Face does."""
 
     def __init__(self, folder, config):
         folder = Path(folder)
@@ -85,28 +97,35 @@ class Tokenizer:
             raise UserError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
         # Vocabularies are often padded to a round number, so that the matrix products are faster.
         if config.vocab_size not in {-(-size // pad) * pad for pad in (1, 8, 16, 32, 64, 128, 256)}:
-            raise UserError(f"{path}: has {size} tokens, but config.json says vocab_size = {config.vocab_size}")
+            raise UserError(
+                f"{path}: has {size} tokens, but config.json says vocab_size = {config.vocab_size}")
 
     def load_sentencepiece(self, path, config):
         try:
             processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as e:
             raise UserError(f"{path}: not a sentencepiece model ({str(e).strip()})") from None
-        special = {processor.id_to_piece(i): i for i in (processor.bos_id(), processor.eos_id()) if i >= 0}
+        special = {
+            processor.id_to_piece(i): i
+            for i in (processor.bos_id(), processor.eos_id())
+            if i >= 0
+        }
         try:
             for i, token in (self.metadata.get("added_tokens_decoder") or {}).items():
                 if int(i) >= processor.vocab_size() or token.get("special"):
                     special[token["content"]] = int(i)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder must map ids to "
-                            "objects with `content`") from None
+            raise UserError(
+                f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder must map ids to "
+                "objects with `content`") from None
         self.bos = processor.bos_id() if self.bos is None else self.bos
         self.add_bos = self.metadata.get("add_bos_token", True)
         longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
         split = re.compile(f"({longest_first})" if special else "$^")
 
-        # sentencepiece begins every text with a space. Text that follows a special token begins no word of its own, so it is
-        # encoded behind a guard, whose pieces are cut off again (as transformers does).
+        # sentencepiece begins every text with a space. Text that follows a special token begins no
+        # word of its own, so it is encoded behind a guard, whose pieces are cut off again (as
+        # transformers does).
         guards = {guard: processor.encode(guard) for guard in ("<unk>", "\u4e00", ".")}
 
         def encode_rest(text):
@@ -126,7 +145,8 @@ class Tokenizer:
             return ids
 
         def decode(ids):
-            return processor.decode([i for i in ids if i < processor.vocab_size() and i not in special.values()])
+            return processor.decode(
+                [i for i in ids if i < processor.vocab_size() and i not in special.values()])
 
         self.encode_text, self.decode = encode, decode
         return max([processor.vocab_size() - 1, *special.values()]) + 1
@@ -135,7 +155,9 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f"{path}: reading it needs the package tokenizers: pip install tokenizers") from None
+            raise UserError(
+                f"{path}: reading it needs the package tokenizers: pip install tokenizers"
+            ) from None
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the package raises plain Exception
@@ -151,18 +173,22 @@ class Tokenizer:
 
     def encode(self, text):
         ids = self.encode_text(text)
-        return [self.bos, *ids] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+        return [self.bos, *ids
+                ] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
 
 
 class TextStream:
-    """Turns tokens into text as they come, and never shows half a character: a token may end in the middle of one.
+    """Turns tokens into text as they come, and never shows half a character: a token may end in the
+    middle of one.
 
-    Decodes a short window that starts at an earlier break, because the first token decoded loses its leading space.
+    Decodes a short window that starts at an earlier break, because the first token decoded loses
+    its leading space.
     """
 
     def __init__(self, tokenizer, prompt_ids):
         self.decode, self.ids = tokenizer.decode, list(prompt_ids)[-8:]
-        self.window, self.shown = 0, len(self.ids)  # decode from `window` on; tokens before `shown` have been shown
+        self.window, self.shown = 0, len(
+            self.ids)  # decode from `window` on; tokens before `shown` have been shown
 
     def push(self, token):
         """The text that `token` completes, perhaps none."""
@@ -175,7 +201,8 @@ class TextStream:
         text = self.decode(self.ids[self.window:])
         if wait and (text.endswith("\ufffd") or len(text) <= len(before)):
             return ""
-        if text[len(before):].strip():  # a window that began with blanks would lose those that follow
+        if text[len(before):].strip(
+        ):  # a window that began with blanks would lose those that follow
             self.window = self.shown
         self.shown = len(self.ids)
         return text[len(before):]

@@ -1,0 +1,189 @@
+"""The command line of kangaroo.py: arguments, progress in colour, the summary, --compare, --json.
+
+    parse_arguments -> support.decoder.load -> Decoder.generate -> what is printed
+
+Nothing of the algorithm.
+"""
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
+from kangaroo import STEPS, THRESHOLD, WIDTH
+from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
+from support.data import read_prompts
+from support.decoder import ADAPTED, DEFAULT_MODEL, DRAFTERS, load, timed
+from support.program import HELP, Parser, options, run_program
+from support.replay import Recorder, write_page
+from support.tokenizer import CHAT_TEMPLATES
+
+DRAFTING = [name for name in DRAFTERS if name != "tree"]  # which --tree names
+
+
+def make_parser():
+    parser = Parser(prog="kangaroo.py", usage="python kangaroo.py [options] --prompt TEXT",
+                    add_help=False, formatter_class=HELP, description="Decode a Llama with "
+                    "Kangaroo's self-speculation; the output is that of vanilla decoding, bit for "
+                    "bit.")
+    option, flag, greedy = options(parser), parser.add_argument, Sampler()
+    option("--prompt", "TEXT", "the prompt; - reads standard input")
+    option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
+           "`turns` (the first)")
+    option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
+    option("--adapter", "DIR", "the adapter's folder, or `random` (default: the folder `adapter` "
+           "in the model's)")
+    option("--drafter", "NAME", "kangaroo, lookup, or none for vanilla decoding", "kangaroo")
+    option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
+    option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
+    option("--steps", "γ", "the most tokens drafted in a round, below the width (default: the "
+           f"adapter's or {STEPS})", type=int)
+    option("--threshold", "η", "stop drafting at this top-1 probability, 0 … 1 (default: the "
+           f"adapter's or {THRESHOLD})", type=float)
+    option("--temperature", "T", "0 is greedy", greedy.temperature, type=float)
+    option("--top-k", "K", "sample from the K likeliest tokens, 0 is off", greedy.top_k, type=int)
+    option("--top-p", "P", "sample from the likeliest tokens of total probability P",
+           greedy.top_p, type=float)
+    option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
+    option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model "
+           "folder's, or none)")
+    option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is "
+           "fast at it)")
+    option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
+    flag("--tree", action="store_true", help="draft a tree: where the draft is unsure, several "
+         f"continuations; γ and η are then the adapter's for a tree, or {TREE_STEPS} and "
+         f"{TREE_THRESHOLD}")
+    option("--top-candidates", "K", "the most children of a node of the tree (default: the "
+           f"adapter's or {TOP_CANDIDATES})", type=int)
+    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or one less than "
+           "the width)", type=int)
+    option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} "
+           f"(default: {TREE_WIDTH}); 1 with --drafter none is the plain baseline", type=int)
+    flag("--no-graphs", action="store_true",
+         help="on a GPU: start every kernel from Python, without CUDA graphs")
+    flag("--compile", action="store_true",
+         help="on a GPU: fuse pointwise operations (starts slowly)")
+    flag("--tf32", action="store_true",
+         help="on a GPU: let products of float32 be rounded to TF32")
+    flag("--compare", action="store_true",
+         help="decode vanilla too: identical? (exit 1 if not), and the speedup")
+    flag("--json", action="store_true",
+         help="write a JSON object a prompt, and nothing else, to standard output")
+    option("--trace", "FILE", "write a page (HTML) that replays the decoding of one prompt round "
+           "by round")
+    flag("-h", "--help", action="help", help="show this text")
+    return parser
+
+
+def parse_arguments(argv):
+    args = make_parser().parse_args(argv)
+    if args.width is None:
+        args.width = TREE_WIDTH if args.tree else WIDTH
+    trace, tree = args.trace and Path(args.trace), args.tree
+    for fits, message in (
+            ((args.prompt is None) != (args.prompts is None),
+             "give one of --prompt TEXT and --prompts FILE (see --help)"),
+            (args.drafter in DRAFTING, f"--drafter {args.drafter}: no such drafter, choose from "
+             f"{', '.join(DRAFTING)}"),
+            (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least "
+             "1"),
+            (args.width >= 1, f"--width {args.width}: must be at least 1"),
+            (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
+            (trace is None or trace.parent.is_dir() and not trace.is_dir(),
+             f"--trace {trace}: must be a file, in a folder that exists"),
+            (args.width > 1 or args.drafter == "none",
+             "--width 1: has no room for a draft, give --drafter none too"),
+            (args.drafter == "kangaroo" or not tree, f"--tree: --drafter {args.drafter} drafts no "
+             "tree, only kangaroo does"),
+            (args.width > CHAIN_WIDTH or not tree,
+             f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),
+            (tree or args.top_candidates is None, "--top-candidates: is for a tree, give --tree "
+             "too"),
+            (tree or args.nodes is None, "--nodes: is for a tree, give --tree too")):
+        if not fits:
+            raise UserError(message)
+    args.drafter = "tree" if tree else args.drafter
+    return args
+
+
+def summary(results):
+    """One line on all prompts: tokens, speed, acceptance, and what --compare found."""
+    tokens, seconds = sum(len(r["ids"]) for r in results), sum(r["seconds"] for r in results)
+    rounds = [pair for r in results for pair in zip(r["drafted"], r["accepted"])]
+    parts = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s",
+             f"compression rate {tokens / len(rounds):.2f}"]
+    if "trees" in results[0]:
+        drafted, accepted = (statistics.mean(pair) for pair in zip(*rounds))
+        parts.append(f"{drafted:.1f} nodes drafted and {accepted:.2f} accepted a round")
+    elif any(drafted for drafted, _ in rounds):
+        reached = [[a >= w for d, a in rounds if d >= w]
+                   for w in range(1, max(d for d, _ in rounds) + 1)]
+        shares = " ".join(f"{statistics.mean(hits):.0%}" for hits in reached)
+        parts.append(f"accepted by draft position {shares}")
+    if "identical" in results[0]:
+        same = sum(r["identical"] for r in results)
+        ratio = statistics.median(r["vanilla_seconds"] / r["seconds"] for r in results)
+        parts.append(f"{same} of {len(results)} identical to vanilla, speedup {ratio:.2f}")
+    return " · ".join(parts)
+
+
+def vanilla(decoder, ids, args, sampler):
+    """What --compare adds to a result: vanilla decoding of the same prompt."""
+    rounds = decoder.rounds(ids, "none", args.max_new_tokens, sampler)
+    rounds, seconds = zip(*timed(rounds))
+    return {"vanilla_ids": [token for round_ in rounds for token in round_.tokens],
+            "vanilla_seconds": sum(seconds)}
+
+
+def run(args):
+    """Decode all prompts and print; returns the exit status."""
+    prompts = read_prompts(args)
+    if args.trace and len(prompts) > 1:
+        raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds "
+                        f"{len(prompts)}")
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    # The page wants to see each layer run, so --trace goes without graphs.
+    decoder = load(args.model or DEFAULT_MODEL,
+                   args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
+                   args.width, args.chat, args.exit_layer, args.tf32, args.compile,
+                   graphs=not (args.no_graphs or args.trace))
+    wanted = {"steps": args.steps, "threshold": args.threshold,
+              "top_candidates": args.top_candidates, "nodes": args.nodes}
+    settings = decoder.settings(args.drafter, **wanted)
+    all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
+    decoder.make_room(all_ids, args.max_new_tokens)
+    print(decoder.describe(args.drafter, settings), file=sys.stderr)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
+
+    def show(text, drafted):
+        if text and not args.json:
+            print(green + text + plain if drafted else text, end="", flush=True)
+
+    results = []
+    for i, (prompt, ids) in enumerate(zip(prompts, all_ids)):
+        if args.compare and i == 0:  # the first pass over a shape compiles kernels: nobody's fault
+            for drafter in (args.drafter, "none"):
+                list(decoder.rounds(ids, drafter, 8, sampler))
+        compared = vanilla(decoder, ids, args, sampler) if args.compare and i % 2 else {}
+        if not args.json and (decoder.chat == "none" or len(prompts) > 1):
+            print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
+        options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
+                       show=show, **wanted)
+        recorder = Recorder(decoder, prompt, ids, options) if args.trace else None
+        result = recorder.decode() if recorder else decoder.generate(ids, **options)[1]
+        if args.compare:  # neither is always second
+            result |= compared or vanilla(decoder, ids, args, sampler)
+            result["identical"] = result["ids"] == result["vanilla_ids"]
+        last = i + 1 == len(prompts)
+        print(json.dumps(result) if args.json else "" if last else "\n", flush=True)
+        results.append(result)
+        if recorder:
+            write_page(args.trace, recorder.data(result))
+    print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
+    return 0 if all(r.get("identical", True) for r in results) else 1
+
+
+def main(argv=None):
+    return run_program("kangaroo.py", lambda: run(parse_arguments(argv)))

@@ -1,0 +1,283 @@
+"""Text files -> documents and prompts -> token ids, and which of them an adapter shall learn.
+
+    read_documents -> encode -> batches_of        for training
+    read_prompts, json_turns                      for decoding
+
+Nothing of the algorithm. UserError names file and line.
+"""
+import gzip
+import hashlib
+import json
+import random
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+
+from llama import UserError
+from support.tokenizer import render_chat
+
+HELD_OUT = 64  # one document in so many is never trained on
+
+
+# --------------------------------------------------------------------------------------------------
+# Documents
+
+def read_documents(path, allow_truncated=False):
+    """The documents of a file: lists of turns (user, assistant, user, …) of conversations, or plain
+    texts.
+
+    A JSON list or JSONL, of ShareGPT's {"conversations": [{"from", "value"}]} or of {"text"}, if
+    the file is called so or begins so; else plain text, whose documents are separated by blank
+    lines. .gz is unpacked. UserError names file and line.
+    """
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt",
+                                                                encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{path}: cannot be read as UTF-8 ({e.reason}), --data wants text, JSON or these packed as .gz"
+        ) from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    if text.lstrip().startswith("["):
+        entries = json_list(path, text, allow_truncated)
+    elif text.lstrip().startswith("{") or str(path).removesuffix(".gz").endswith(
+        (".json", ".jsonl")):
+        entries = json_lines(path, text)
+    else:
+        return [document for document in re.split(r"\n\s*\n", text) if document.strip()]
+    documents = [document_of(entry, f"{path}:{line}") for line, entry in entries]
+    return [document for document in documents if document]
+
+
+def json_lines(path, text):
+    for line, source in enumerate(text.split("\n"), 1):
+        if source.strip():
+            try:
+                yield line, json.loads(source)
+            except (ValueError, RecursionError) as e:
+                raise UserError(
+                    f"{path}:{line}: not valid JSON ({str(e).replace('line 1 ', '')})") from None
+
+
+def json_list(path, text, allow_truncated):
+    """(line, element) of a JSON list; if it breaks off, what came before it, or UserError."""
+    decoder, entries, end, line = json.JSONDecoder(), [], text.index("[") + 1, 1
+
+    def skip(characters, i):
+        while i < len(text) and text[i] in characters:
+            i += 1
+        return i
+
+    counted = 0
+    while True:
+        start = skip(" \t\r\n", end)
+        line, counted = line + text.count("\n", counted, start), start
+        if text[start:start + 1] == "]":
+            if text[start + 1:].strip():
+                raise UserError(
+                    f"{path}:{line}: {len(entries)} entries are readable, then the JSON list ends, but not the file"
+                )
+            return entries
+        try:
+            entry, end = decoder.raw_decode(text, start)
+            end = skip(" \t\r\n", end)
+            if text[end:end + 1] not in (",", "]"):
+                raise ValueError("expected , or ]")
+        except (ValueError, RecursionError) as e:
+            what = f"{path}:{line}: {len(entries)} entries are readable, then the JSON list breaks ({e})"
+            if not allow_truncated:
+                raise UserError(f"{what}; --allow-truncated goes on with these") from None
+            print(f"warning: {what}", file=sys.stderr)
+            return entries
+        entries.append((line, entry))
+        end += text[end] == ","
+
+
+ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "chatgpt": 1}
+
+
+def document_of(entry, where):
+    """A text, or a list of turns that begins with the user's and ends with the assistant's; empty
+    if nothing can be learned."""
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return whole_characters(entry["text"]) if entry["text"].strip() else ""
+    messages = (entry.get("conversations") or entry.get("messages")) if isinstance(entry,
+                                                                                   dict) else None
+    if messages == [] or isinstance(entry, dict) and entry.get("conversations") == []:
+        return []
+    try:
+        said = [(m.get("from") or m.get("role"), m.get("value") or m.get("content") or "")
+                for m in messages]
+        if not all(isinstance(part, str) for turn in said for part in turn):
+            raise TypeError
+    except (TypeError, AttributeError):
+        raise UserError(
+            f"{where}: wants an object with `text`, or with `conversations`, a list of objects with `from` "
+            "(human, gpt) and `value`") from None
+    turns = []
+    for role, text in said:
+        if ROLES.get(role) == len(turns) % 2 and text.strip():
+            turns.append(whole_characters(text))
+        elif turns:
+            break  # two turns of one role, or a role unknown here: what follows is another conversation
+    return turns[:len(turns) // 2 * 2]
+
+
+def whole_characters(text):
+    """The text with a ? for each half of a character that JSON's escapes left alone: no tokenizer
+    takes these."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def is_held_out(document):
+    """Decided by the first turn or text itself, so that a prompt is on one side in every file that
+    it occurs in."""
+    first = document if isinstance(document, str) else document[0]
+    return int.from_bytes(
+        hashlib.sha256(first.strip().encode("utf-8", "replace")).digest()[:4],
+        "big") % HELD_OUT == 0
+
+
+def split(args):
+    """All documents of the data files -> (to train on, at least one; held out, perhaps none)."""
+    documents = [d for path in args.data for d in read_documents(path, args.allow_truncated)]
+    held = [d for d in documents if is_held_out(d)]
+    rest = [d for d in documents if not is_held_out(d)]
+    if not rest:
+        raise UserError(f"--data {' '.join(map(str, args.data))}: holds no document to train on")
+    random.Random(0).shuffle(held)
+    return rest, held
+
+
+def digest(documents):
+    """16 hex digits that tell one list of documents from another."""
+    state = hashlib.sha256()
+    for document in documents:
+        state.update(repr(document).encode())
+    return state.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# Ids, and which of them to learn
+
+def encode(document, tokenizer, template, eos, max_length):
+    """A document -> (ids, learn): learn[t] says whether the token at position t is to be predicted.
+
+    Of a conversation these are the assistant's tokens with the end-of-sequence token that closes
+    each answer, or that the answer itself spells, for there decoding ends; what comes before an
+    answer is encoded as decoding would encode it.
+    """
+    if isinstance(document, str):
+        ids = (tokenizer.encode(document) + list(eos[:1]))[:max_length]
+        return ids, [False] + [True] * (len(ids) - 1)
+    document = [turn.strip() if i % 2 else turn
+                for i, turn in enumerate(document)]  # templates put no blanks round an answer
+    ids, learn = [], []
+    for i in range(1, len(document), 2):
+        if len(ids) >= max_length:
+            break
+        text = render_chat(template, document[:i])
+        before, after = tokenizer.encode(text), tokenizer.encode(
+            text + template.assistant.format(document[i]))
+        start = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b),
+                     min(len(before), len(after)))
+        end = next((k + 1 for k in range(start, len(after)) if after[k] in eos), len(after))
+        # Earlier turns are encoded alike in this text, up to the tokens that the next turn may
+        # merge with.
+        learn = learn[:start] + [False] * (start - len(learn)) + [True] * (
+            end - start) + [False] * (len(after) - end)
+        ids = after
+    return ids[:max_length], learn[:max_length]
+
+
+def prompt_of(document, tokenizer, template):
+    """What decoding starts from: the user's first turn, or the first 16 tokens of a text."""
+    return tokenizer.encode(document)[:16] if isinstance(document, str) else tokenizer.encode(
+        render_chat(template, document[:1]))
+
+
+def batches_of(examples, batch_tokens):
+    """Encoded documents -> [(ids (B, T), learn (B, T) bool)], of similar lengths, B × T ≤
+    batch_tokens, padded with zeros.
+
+    learn[:, t] is moved one to the left: it says whether the prediction made *at* position t
+    counts.
+    """
+    examples = sorted((e for e in examples if any(e[1][1:])), key=lambda e: len(e[0]))
+    batches, rows = [], []
+    for i, example in enumerate(examples):
+        rows.append(example)
+        if i + 1 == len(examples) or (len(rows) + 1) * len(examples[i + 1][0]) > batch_tokens:
+            ids = torch.zeros(len(rows), len(example[0]), dtype=torch.long)
+            learn = torch.zeros(ids.shape, dtype=torch.bool)
+            for row, (tokens, wanted) in enumerate(rows):
+                ids[row, :len(tokens)] = torch.tensor(tokens)
+                learn[row, :len(tokens) - 1] = torch.tensor(wanted[1:])
+            batches.append((ids, learn))
+            rows = []
+    return batches
+
+
+def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
+    """The ids (size,), ascending, of the tokens most often to be predicted, end of sequence
+    included, and their share."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for document in random.Random(0).sample(documents, min(sample, len(documents))):
+        ids, learn = encode(document)
+        counts += torch.tensor(ids)[torch.tensor(learn)].bincount(minlength=vocab_size)
+    ranked = counts.clone()
+    ranked[list(eos)] = counts.max() + 1
+    ids = ranked.argsort(descending=True, stable=True)[:size].sort().values
+    return ids, counts[ids].sum().item() / max(1, counts.sum().item())
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+def read_prompts(args):
+    """The prompts as a list of strings, none of them empty."""
+    if args.prompt is not None:
+        try:
+            prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+            prompt.encode()  # bytes of the command line that are not UTF-8 become lone surrogates
+        except UnicodeError as e:
+            raise UserError(f"the prompt is not UTF-8 ({e})") from None
+        if not prompt.strip():
+            raise UserError("the prompt is empty, --prompt wants some text")
+        return [prompt]
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(
+            f"--prompts {args.prompts}: cannot be read ({getattr(e, 'strerror', None) or e})"
+        ) from None
+    lines = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {args.prompts}: holds no prompt")
+    if not (args.prompts.endswith(".jsonl") or lines[0][1].startswith("{")):
+        return [line for _, line in lines]
+    return [json_turns(line, f"{args.prompts}:{i}")[0] for i, line in lines]
+
+
+def json_turns(line, where):
+    """What the user says in a line of JSON: a list of texts, usually of one."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON ({e})") from None
+    entry = entry if isinstance(entry, dict) else {}
+    turns = [entry["prompt"]] if entry.get("prompt") else entry.get("turns")
+    # A lone surrogate, which JSON can escape, is no text.
+    if not (isinstance(turns, list) and turns
+            and all(isinstance(turn, str) and turn.strip()
+                    for turn in turns)) or any("\ud800" <= c <= "\udfff"
+                                               for turn in turns
+                                               for c in turn):
+        raise UserError(
+            f"{where}: wants an object with a text `prompt`, or with `turns`, a list of texts")
+    return turns

@@ -1,0 +1,264 @@
+"""One call from a model folder to text: for those who fork, for the command line, for bench/.
+
+    from support.decoder import load
+    decoder = load("models/stories")
+    text, statistics = decoder.generate("Once upon a time", max_new_tokens=64)
+
+    load: device and dtype, model, adapter, tokenizer, fast weights, self-check  ->  Decoder
+    Decoder.encode -> ids;  .rounds -> what `kangaroo.generate` yields;  .generate -> text
+
+Nothing of the algorithm. Left out on purpose: several texts at once.
+"""
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from drafters.lookup import PromptLookupDrafter
+from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
+from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
+from llama import CHAIN_WIDTH, KVCache, Sampler, UserError, pack, rows_are_alike
+from support.checkpoint import load_adapter, load_llama, read_config
+from support.graphs import (
+    GraphedAdapter,
+    GraphedLlama,
+    exact_kernels,
+    fuse_pointwise,
+    graph_drafter,
+)
+from support.tokenizer import TextStream, Tokenizer, find_chat_template, render_chat
+
+DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
+DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "lookup": PromptLookupDrafter,
+            "none": NoDrafter}
+ADAPTED = "kangaroo", "tree"  # the drafters that need an adapter
+
+
+def pick_device_and_dtype(device=None, dtype=None, tf32=False):
+    """(torch.device, torch.dtype) of their names; None is the best there is.
+
+    That is CUDA, else the CPU, and bfloat16 where the device is fast at it. UserError for a device
+    that is not there or a dtype that is not supported. Sets up CUDA's kernels.
+    """
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device}: no such device, choose cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: not supported, choose cpu or cuda")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {device}: PyTorch sees {count} CUDA devices here")
+    fast = device.type == "cuda" or (torch.backends.mkldnn.is_available()
+                                     and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    dtype = dtype or ("bfloat16" if fast else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: not supported, choose float32, bfloat16 or float16")
+    if device.type == "cuda":
+        exact_kernels(tf32)
+    return device, getattr(torch, dtype)
+
+
+def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
+         exit_layer=None, tf32=False, compile=False, graphs=True):
+    """A Decoder for a model folder.
+
+    adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
+    False: none. device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more
+    than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only.
+    UserError says what does not fit, and how it would.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
+                        "*.safetensors")
+    if not 1 <= width <= KVCache.BLOCK:
+        raise UserError(f"--width {width}: must be from 1 to {KVCache.BLOCK}")
+    device, dtype = pick_device_and_dtype(device, dtype, tf32)
+    chat, template = find_chat_template(folder, chat)
+    tokenizer = Tokenizer(folder, read_config(folder))
+    llama, facts = load_llama(folder, device, dtype), {}
+    if adapter is None and (folder / "adapter").is_dir():
+        adapter = folder / "adapter"
+    adapter = adapter or None
+    if adapter is not None:
+        adapter, facts = load_adapter(adapter, llama, exit_layer)
+        pack(adapter, width)
+    pack(llama, width)
+    if compile:
+        fuse_pointwise()
+    if width > 1 and not rows_are_alike(llama, width):
+        print(f"warning: {device} does not treat the rows of a {dtype} step of width {width} "
+              "alike, so the output may differ from vanilla decoding", file=sys.stderr)
+    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width)
+    if device.type == "cuda" and graphs:
+        decoder.use_graphs()
+    return decoder
+
+
+@dataclass
+class Settings:
+    """How to draft: γ, η, and for a tree the most children of a node and the most nodes."""
+    steps: int
+    threshold: float
+    top_candidates: int = 1
+    nodes: int = 0
+
+
+class Decoder:
+    """A model, its adapter and its tokenizer, ready to decode one prompt after another."""
+
+    def __init__(self, folder, model, tokenizer, chat, template, adapter, facts, width):
+        self.folder, self.model, self.tokenizer, self.width = folder, model, tokenizer, width
+        self.chat, self.template = chat, template
+        self.adapter, self.facts = adapter, facts  # facts: the adapter's config.json
+        self.exit_layer = facts.get("exit_layer", 0)
+        self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
+        self.graphed, self.room = False, ""
+
+    def use_graphs(self, record=None):
+        """Replay the decode steps from here on; `record` as in `graphs.Graphs`."""
+        self.graphed, self.model = True, GraphedLlama(self.model, (self.width,), record)
+        self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
+
+    def encode(self, *turns):
+        """Turns of user, assistant, user, … (usually one) -> the ids that decoding starts from."""
+        ids = self.tokenizer.encode(render_chat(self.template, turns))
+        context = self.model.config.max_position_embeddings
+        if not 0 < len(ids) < context:
+            raise UserError(f"the prompt has {len(ids)} tokens, it must have from 1 to "
+                            f"{context - 1} (max_position_embeddings {context})")
+        return ids
+
+    def settings(self, drafter="kangaroo", **wanted):
+        """The Settings of a drafter: those wanted, else its adapter's, else the paper's.
+
+        UserError for what the drafter or the width does not allow.
+        """
+        if drafter not in DRAFTERS:
+            raise UserError(f"--drafter {drafter}: no such drafter, choose from "
+                            f"{', '.join(DRAFTERS)}")
+        if drafter in ADAPTED and self.adapter is None:
+            raise UserError(f"no adapter for {self.folder}: give --adapter DIR (or `random`), or "
+                            "--drafter lookup or none")
+        found, width = asdict(Settings(STEPS, THRESHOLD)), self.width
+        facts = self.facts if drafter in ADAPTED else {}
+        if drafter == "tree":  # what suits a chain need not suit a tree
+            found = asdict(Settings(TREE_STEPS, TREE_THRESHOLD, TOP_CANDIDATES, width))
+            facts = facts.get("tree", {})
+        found |= {name: facts[name] for name in found if name in facts}
+        found |= {name: min(found[name], width - 1) for name in ("steps", "nodes")}
+        found |= {name: value for name, value in wanted.items() if value is not None}
+        steps, threshold, candidates, nodes = found.values()
+        below = f"one less than --width {width}"
+        for fits, message in (
+                (0 <= steps < width, f"--steps {steps}: must be from 0 to {width - 1}, {below}"),
+                (0 <= threshold <= 1, f"--threshold {threshold}: must be in [0, 1]"),
+                (drafter != "tree" or width > CHAIN_WIDTH,
+                 f"--width {width}: must be above {CHAIN_WIDTH} for --tree"),
+                (drafter != "tree" or candidates >= 1,
+                 f"--top-candidates {candidates}: must be at least 1"),
+                (drafter != "tree" or 1 <= nodes < width,
+                 f"--nodes {nodes}: must be from 1 to {width - 1}, {below}")):
+            if not fits:
+                raise UserError(message)
+        return Settings(**found)
+
+    def describe(self, drafter="kangaroo", settings=None):
+        """All that decides what is decoded and how fast, in one line."""
+        parts = [self.folder.name, str(self.device), str(self.dtype).removeprefix("torch."),
+                 f"chat template {self.chat}"]
+        if drafter in ADAPTED:
+            s = settings or self.settings(drafter)
+            text = f"drafter exit layer {self.exit_layer}, γ {s.steps}, η {s.threshold:g}"
+            if drafter == "tree":
+                text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
+        else:
+            text = f"drafter {drafter}"
+        return " · ".join([*parts, text, f"width {self.width}"]) + self.room
+
+    def make_room(self, prompts, max_new_tokens):
+        """Before decoding these lists of ids with graphs: room in the caches for the longest.
+
+        So it need not be made twice, and nothing recorded twice.
+        """
+        if self.graphed:
+            context = self.model.config.max_position_embeddings
+            ends = [min(len(ids) + max_new_tokens, context) for ids in prompts]
+            self.model.room = max(ends) + 2 * self.width
+            views = self.model.describe(min(map(len, prompts)) - 1, max(ends) - 2)
+            self.room = f" · {views}"
+
+    def drafter(self, name="kangaroo", sampler=None, settings=None):
+        """A drafter for one text, by its name in DRAFTERS."""
+        settings = settings or self.settings(name)
+        if name not in ADAPTED:
+            return DRAFTERS[name](self.model)
+        more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
+        drafter = DRAFTERS[name](self.model, self.adapter, self.exit_layer, settings.threshold,
+                                 sampler, self.width, *more)
+        return graph_drafter(drafter) if self.graphed else drafter
+
+    def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,
+               settings=None):
+        """Decode a list of ids; yields a `kangaroo.Round` for every verification.
+
+        drafter: a name in DRAFTERS. width: None is the decoder's own, which the weights are packed
+        for. settings: as `self.settings` returns them.
+        """
+        settings = settings or self.settings(drafter)
+        return generate(self.model, self.drafter(drafter, sampler, settings), ids, max_new_tokens,
+                        settings.steps, sampler, self.model.config.eos_token_ids,
+                        width or self.width)
+
+    def generate(self, prompt, drafter="kangaroo", max_new_tokens=128, sampler=None,
+                 show=lambda text, drafted: None, watch=lambda round_: None, **settings):
+        """Decode a prompt: its text, or a list of ids. Returns (text, statistics).
+
+        sampler: None is greedy. settings: steps, threshold, top_candidates, nodes. Statistics are
+        what --json prints: ids, and for each round the numbers of tokens drafted and accepted.
+        While decoding, watch(round) is called, then show(text, whether it was drafted) a token.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        settings = self.settings(drafter, **settings)
+        stream, eos = TextStream(self.tokenizer, ids), self.model.config.eos_token_ids
+        result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [],
+                  "accepted": [], "seconds": 0.0}
+        trees = result.setdefault("trees", []) if drafter == "tree" else None
+
+        def put(text, drafted):
+            if not result["text"] and self.chat != "none":
+                text = text.lstrip()  # an answer begins with its first word
+            result["text"] += text
+            show(text, drafted)
+
+        rounds = self.rounds(ids, drafter, max_new_tokens, sampler, settings=settings)
+        for round_, seconds in timed(rounds):
+            draft = round_.draft
+            result["seconds"] += seconds
+            result["rounds"] += 1
+            result["ids"] += round_.tokens
+            result["drafted"].append(len(draft.tokens))
+            result["accepted"].append(round_.accepted)
+            watch(round_)
+            if trees is not None:
+                trees.append({"tokens": draft.tokens, "parents": draft.parents,
+                              "confidence": draft.confidence, "accepted": round_.path})
+            for i, token in enumerate(round_.tokens):
+                if token not in eos:
+                    put(stream.push(token), i < round_.accepted)
+        put(stream.flush(), False)
+        return result["text"], result
+
+
+def timed(iterator):
+    """(item, seconds that it took) of each item."""
+    while True:
+        begin = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - begin

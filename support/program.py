@@ -1,0 +1,57 @@
+"""How every program here begins and ends: its parser, its flags, and errors as one line.
+
+Nothing of the algorithm.
+"""
+import argparse
+import contextlib
+import os
+import sys
+from functools import partial
+
+from llama import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as all errors are, in place of the usage
+        raise UserError(message)
+
+
+def refuse_below_one(args, *names):
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+
+
+def run_program(name, run, interrupted="interrupted"):
+    """run()'s exit status, None is 0; what the user can put right ends as one line and status 2.
+    All programs here start so."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal or a file that cannot take a character gets a ? for it
+    try:
+        return run() or 0
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError) as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        return 2
+
+
+
+def options(parser):
+    """A function option(name, metavar, text, default, **more) that adds a flag with its default
+    in the help. A default that depends on other things is told in the text."""
+    def option(name, metavar, text, default=None, **more):
+        text += "" if default is None else f" (default: {default})"
+        parser.add_argument(name, metavar=metavar, default=default, help=text, **more)
+    return option
+
+
+HELP = partial(argparse.HelpFormatter, max_help_position=23, width=100)  # of the two long lists

@@ -1,0 +1,90 @@
+"""What a long training shows and saves: a progress line, a log, checkpoints to go on from.
+
+Nothing of the algorithm.
+"""
+import contextlib
+import io
+import json
+import shutil
+import sys
+import time
+
+import torch
+
+from llama import UserError
+from support.checkpoint import write_atomically
+
+
+class Progress:
+    """One line on standard error, rewritten in place on a terminal, and a line of JSON in a log."""
+
+    def __init__(self, log, total, done=0):
+        self.log, self.total, self.first, self.begin = log, total, done, time.perf_counter()
+        self.tokens, self.live = 0, sys.stderr.isatty()
+
+    def report(self, step, figures, tokens):
+        self.tokens += tokens
+        seconds = time.perf_counter() - self.begin
+        left = seconds / max(1, step - self.first) * (self.total - step)
+        shown = " · ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "agreement")
+                           if name in figures)
+        speed = self.tokens / seconds
+        bar = "█" * (10 * step // self.total)
+        line = (f"{bar:░<10} {step}/{self.total} · {shown} · {speed:,.0f} tokens/s · "
+                f"{left / 60:.0f} min left")
+        if self.live:  # what the terminal wraps could not be rewritten: 80 columns take this line
+            line = line[:shutil.get_terminal_size().columns - 1] + "\033[K"
+        end = "\r" if self.live and step < self.total else "\n"
+        print(line, end=end, file=sys.stderr, flush=True)
+        self.write({"step": step, **figures, "tokens_per_second": speed})
+
+    def say(self, text):
+        """A line that stays, in the place of the progress line."""
+        print(text + "\033[K" * self.live, file=sys.stderr)
+
+    def write(self, record):
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def trim_log(path, step):
+    """Drop what a killed run logged after its last checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(True):
+        with contextlib.suppress(ValueError):  # the last line may be half written
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_atomically(path, "".join(kept).encode())
+
+
+def save_checkpoint(path, module, optimizers, state):
+    """All that a resumed run needs, in one file that is replaced at once."""
+    buffer = io.BytesIO()
+    torch.save({"weights": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                "rng": torch.get_rng_state(), **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path, module, optimizers, options):
+    """Fill module and optimizers, wherever they are; returns the rest of the state.
+
+    UserError unless it was made with the same options.
+    """
+    try:
+        # To the CPU, where AdamW counts its steps: on a GPU each would cost a sync.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = state["options"]
+    except Exception as e:  # torch.load raises whatever a damaged file leads it to
+        raise UserError(f"{path}: no checkpoint that --resume could go on from "
+                        f"({type(e).__name__})") from None
+    for name, value in options.items():
+        if made_with.get(name) != value:
+            raise UserError(f"{path}: was made with --{name.replace('_', '-')} "
+                            f"{made_with.get(name)}, --resume needs the same, not {value}")
+    module.load_state_dict(state.pop("weights"))
+    for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state.pop("rng"))
+    return state

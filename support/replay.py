@@ -1,0 +1,171 @@
+"""Records one decode and writes it as a page that replays it (`--trace page.html`).
+
+    Decoder.generate -> Recorder: rounds, texts, every run of a layer -> JSON -> into replay.html
+
+A draft is recorded as a tree; a chain is one. Left out on purpose: all that is shown. The page
+itself, one file without network, its styles and its script are `replay.html`, which can be read on
+its own; the comment at the top of its script describes the JSON.
+"""
+import json
+from functools import partial
+from pathlib import Path
+
+from llama import room_for_draft
+from support.checkpoint import write_atomically
+
+TEMPLATE = Path(__file__).with_name("replay.html")
+HERE = '<script type="application/json" id="data">'  # the JSON goes between this and the tag's end
+
+
+class Recorder:
+    """Decodes one prompt with a `Decoder` and keeps what it shows, commits and runs.
+
+    options: the keyword arguments of `Decoder.generate`.
+    """
+
+    def __init__(self, decoder, prompt, ids, options):
+        self.decoder, self.prompt, self.ids, self.options = decoder, prompt, list(ids), options
+        self.prompt_length, self.drafter = len(ids), options["drafter"]
+        self.settings = decoder.settings(self.drafter, **{
+            name: options.get(name) for name in ("steps", "threshold", "top_candidates", "nodes")})
+        context = decoder.model.config.max_position_embeddings
+        self.end = min(len(ids) + options["max_new_tokens"], context)
+        self.rounds, self.texts = [], []
+        # Of this round, a list up to each use of the LM head: of [first layer, last + 1, slot] and
+        # ["adapter", slot]. A slot is the cache row of a pass's first node: position of the last
+        # committed token + node. And how many rows the LM head read.
+        self.passes, self.read = [[]], []
+
+    def decode(self):
+        """What `Decoder.generate` does; returns its statistics."""
+        show = self.options["show"]
+
+        def keep(text, drafted):  # one text a token, then what is left of a broken character
+            self.texts.append(text)
+            show(text, drafted)
+
+        model, adapter = self.decoder.model, self.decoder.adapter
+        watched = [(layer, partial(self.saw_layer, i)) for i, layer in enumerate(model.layers)]
+        watched.append((model.lm_head, self.saw_head))
+        if adapter is not None:
+            watched.append((adapter, self.saw_adapter))
+            watched += [(adapter.head, self.saw_head)] * (adapter.head is not None)
+        hooks = [module.register_forward_pre_hook(hook) for module, hook in watched]
+        try:
+            options = self.options | {"show": keep, "watch": self.saw_round}
+            return self.decoder.generate(self.ids[:], **options)[1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def saw_layer(self, i, _, args):
+        slot, runs = int(args[1].slots[0]), self.passes[-1]
+        if slot < self.prompt_length - 1:
+            return  # prefill
+        if runs and runs[-1][1:] == [i, slot]:
+            runs[-1][1] = i + 1  # the next layer of the same pass
+        else:
+            runs.append([i, i + 1, slot])
+
+    def saw_adapter(self, _, args):
+        _, positions, cache = args
+        slot = int((positions if cache.slots is None else cache.slots)[0])
+        if slot >= self.prompt_length - 1:
+            self.passes[-1].append(["adapter", slot])
+
+    def saw_head(self, _, args):
+        self.passes.append([])
+        self.read.append(args[0].shape[-2])
+
+    def saw_round(self, round_):
+        eos = self.decoder.model.config.eos_token_ids
+        committed = [{"id": token, "label": self.label(self.ids + round_.tokens[:i], token),
+                      "end": token in eos} for i, token in enumerate(round_.tokens)]
+        self.rounds.append({
+            "position": len(self.ids) - 1, "input": self.label(self.ids[:-1], self.ids[-1]),
+            "drafted": self.nodes(round_.draft), "stopped": self.why_stopped(round_.draft),
+            "accepted": round_.accepted, "path": round_.path, "committed": committed,
+            "passes": self.passes[:-1]})
+        self.ids += round_.tokens
+        self.passes, self.read = [[]], []
+
+    def nodes(self, draft):
+        """The drafted tokens, each with its parent's number and that of the step that chose it."""
+        # What the LM head reads in a step, the step before has chosen. The verification, all rows,
+        # comes last.
+        step = [max(k - 1, 0) for k, rows in enumerate(self.read) for _ in range(rows)]
+        nodes, paths = [], [self.ids]  # the ids up to each node
+        for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents)):
+            nodes.append({"id": token, "label": self.label(paths[parent], token),
+                          "parent": parent, "step": step[i + 1],
+                          "confidence": draft.confidence[i] if draft.confidence else None})
+            paths.append([*paths[parent], token])
+        return nodes
+
+    def why_stopped(self, draft):
+        """What ended a draft, None if there was no more to propose.
+
+        Kangaroo's drafters go on while they find a node that is sure and less deep than the limits
+        of `generate`: so a sure node at a limit, or unsure ones alone, or no more room.
+        """
+        room = room_for_draft(len(self.ids) - 1, self.decoder.width)
+        limits = {"full": self.settings.steps, "edge": room, "end": self.end - len(self.ids) - 1}
+        unsure = [p <= self.settings.threshold for p in draft.confidence]
+        unsure = unsure or [False] * len(draft.tokens)
+        deepest = max(depth for depth, stop in zip(draft.depth(), [False, *unsure]) if not stop)
+        limit = next((name for name, limit in limits.items() if limit == deepest), None)
+        return limit or ("unsure" if any(unsure[-1:]) else "nodes" if draft.confidence else None)
+
+    def label(self, before, token):
+        """How one token reads after the others: its text, or its number if it has none."""
+        if token in self.decoder.model.config.eos_token_ids:
+            return "‹end›"
+        decode, before = self.decoder.tokenizer.decode, before[-8:]
+        head, text = decode(before), decode([*before, token])
+        head = head.rstrip("\ufffd")  # what a token before has begun, this one may complete
+        text = text[len(head):] if text.startswith(head) else ""
+        return text.replace("\ufffd", "") or f"‹{token}›"
+
+    def data(self, result):
+        """The JSON object of the page; `result`: what `decode` returned, and what --compare adds."""
+        decoder, texts = self.decoder, iter(self.texts)
+        for token in (token for round_ in self.rounds for token in round_["committed"]):
+            token["text"] = "" if token["end"] else next(texts)
+        layers = len(decoder.model.layers)
+        runs = [run for r in self.rounds for group in r["passes"] for run in group]
+        tokens, rounds = len(result["ids"]), result["rounds"]
+        summary = {
+            "tokens": tokens, "rounds": rounds, "drafted": sum(result["drafted"]),
+            "accepted": sum(result["accepted"]), "compression_rate": tokens / rounds,
+            "layer_passes": sum(map(layer_passes, runs)),
+            "vanilla_layer_passes": layers * tokens}
+        return {
+            "settings": decoder.describe(self.drafter, self.settings),
+            "drafter": "kangaroo" if self.drafter == "tree" else self.drafter,
+            "prompt": self.prompt, "chat": decoder.chat, "prompt_tokens": self.prompt_length,
+            "layers": layers, "exit_layer": decoder.exit_layer, "steps": self.settings.steps,
+            "threshold": self.settings.threshold, "identical": result.get("identical"),
+            "rounds": self.rounds, "rest": "".join(texts), "text": result["text"],
+            "summary": summary}
+
+
+def layer_passes(run):
+    """How many layers a recorded run went through, with however many rows.
+
+    The adapter, one layer at most, counts as one.
+    """
+    return 1 if run[0] == "adapter" else run[1] - run[0]
+
+
+def write_page(path, data):
+    # In a script element only "<" could end the JSON early or open a comment; in JSON it may be
+    # written as an escape.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    head, tail = TEMPLATE.read_text(encoding="utf-8").split(HERE)
+    write_atomically(path, (head + HERE + text + tail).encode())
+
+
+def read_page(path):
+    """The data of a page that `write_page` wrote."""
+    text = Path(path).read_text(encoding="utf-8").split(HERE)[1]
+    return json.loads(text[:text.index("</script>")])
