@@ -39,11 +39,21 @@ def one_thread():
 
 
 # A falsifying example is printed with all its numbers, the seeds among them; weights and prompts
-# follow from these.
-settings.register_profile("kangaroo", max_examples=100, deadline=None, print_blob=True)
+# follow from these. HYPOTHESIS_PROFILE=thorough tries three times as many examples, for the night;
+# hurried does not shrink a falsifying one, for tests/mutations.py.
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "kangaroo")
+settings.register_profile("kangaroo", max_examples=33, deadline=None, print_blob=True)
+settings.register_profile("thorough", parent=settings.get_profile("kangaroo"), max_examples=100)
 settings.register_profile("hurried", parent=settings.get_profile("kangaroo"),
                           phases=[Phase.explicit, Phase.generate])
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kangaroo"))
+settings.load_profile(PROFILE)
+
+
+def examples(n):
+    """For a slow property: n examples in the thorough profile, a third of them in the others."""
+    return settings(max_examples=n if PROFILE == "thorough" else max(6, n // 3))
+
+
 samplers = st.builds(Sampler, temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0,
                                                            2.0]), top_k=st.sampled_from([0, 1, 4]),
                      top_p=st.sampled_from([0.5, 0.95, 1.0]), seed=st.integers(0, 99))

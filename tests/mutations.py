@@ -1,5 +1,6 @@
-"""Do the tests see the bugs that this kind of code has? Run by hand, some minutes:  python
-tests/mutations.py
+"""Do the tests see the bugs that this kind of code has? Run by hand, some minutes.
+
+    python tests/mutations.py [WORD …]     # all, or those whose names hold one of the words
 
 Plants each bug in a copy of the code, runs the property tests on it, and reports the first test
 that turned red. Fails if a bug goes unseen, or if a line to replace is no longer there.
@@ -24,7 +25,8 @@ MUTATIONS = [  # what is wrong, file, line as it is, line as it becomes
      "*one_shape(h, self.seen + 1, self.cache, self.width)"),
     ("shallow positions off by one", "kangaroo.py", "one_shape(x, position, cache, self.width)",
      "one_shape(x, position + 1, cache, self.width)"),
-    ("adapter keeps rejected positions", "kangaroo.py", "self.seen = min(self.seen, start)", "pass"),
+    ("adapter keeps rejected positions", "kangaroo.py",
+     "self.seen = min(self.seen, start)", "pass"),
     ("adapter misses the last token of a full accept", "kangaroo.py",
      "self.seen = min(self.seen, start)", "self.seen = start"),
     ("verifier's noise keyed by draft index", "kangaroo.py",
@@ -46,7 +48,8 @@ MUTATIONS = [  # what is wrong, file, line as it is, line as it becomes
     ("the unsure token is not verified", "kangaroo.py",
      "return Draft(tokens, self.states[:, start:position + 1], confidence)",
      "n = len(tokens) - bool(unsure)\n"
-     "                return Draft(tokens[:n], self.states[:, start:start + n + 1], confidence[:n])"),
+     "                states = self.states[:, start:start + n + 1]\n"
+     "                return Draft(tokens[:n], states, confidence[:n])"),
     ("greedy takes the last of equals", "llama.py",
      "return self.perturbed(logits, position, depth).max(-1).indices",
      "flipped = self.perturbed(logits, position, depth).flip(-1)\n"

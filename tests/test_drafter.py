@@ -12,11 +12,12 @@ from helpers import (
     NoisyAdapter,
     PerfectAdapter,
     block,
+    examples,
     random_adapter,
     random_model,
     samplers,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
@@ -53,7 +54,7 @@ class CheckedDrafter:
        kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(
            1, 7), threshold=st.sampled_from([0.0, 0.3, 0.6]), prompt_length=st.integers(1, 20),
        exit_layer=st.integers(0, 3), width=st.sampled_from([2, 4, 8]))
-@settings(max_examples=60)
+@examples(60)
 def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold,
                                                 prompt_length, exit_layer, width):
     """Guards the adapter's cache: positions off by one, rejected rows kept, a row missing after a
@@ -75,7 +76,7 @@ def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, sampler, ste
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40),
        exit_layer=st.integers(0, 3), sampler=samplers)
-@settings(max_examples=40)
+@examples(40)
 def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer, sampler):
     """N tokens in exactly ⌈N / (γ + 1)⌉ rounds; a lost or stale adapter row costs rounds. Half as
     many mean a wrong count."""
@@ -89,7 +90,7 @@ def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20))
-@settings(max_examples=25)
+@examples(25)
 def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n):
     """Who drafts what the target likes least has nothing accepted; test_lossless.py shows that the
     text is the target's."""
@@ -103,7 +104,7 @@ def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n):
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), sampler=samplers, prompt_length=st.integers(1, 30),
        tied=st.booleans())
-@settings(max_examples=30)
+@examples(30)
 def test_the_cached_step_agrees_with_the_definition(device, seed, sampler, prompt_length, tied):
     """Third oracle: vanilla decoding through cache, blocks and padding gives the tokens of ten
     lines without any of them."""
@@ -149,7 +150,7 @@ def starts(rounds):
 @pytest.mark.parametrize("device", DEVICES)
 @given(threshold=st.floats(0.05, 0.95), temperature=st.sampled_from([0.0, 0.5, 3.0]),
        seed=st.integers(0, 99))
-@settings(max_examples=30)
+@examples(30)
 def test_a_draft_ends_with_its_first_unsure_token(device, threshold, temperature, seed):
     """Exactly the last token of a draft may be at or below η, at the temperature in force."""
     model = random_model(TINY, seed, device=device)
@@ -256,7 +257,7 @@ class Observer:
 
 @pytest.mark.parametrize("kind", ["chain", "tree", "lookup"])
 @given(seed=st.integers(0, 999), prompt_length=st.integers(1, 20), n=st.integers(1, 30))
-@settings(max_examples=15)
+@examples(15)
 def test_a_drafter_observes_what_is_committed(kind, seed, prompt_length, n):
     """The prompt and every verification, accepted rows only, with the bits of vanilla's states: a
     method that learns from the target would learn from rejected rows."""
@@ -268,7 +269,8 @@ def test_a_drafter_observes_what_is_committed(kind, seed, prompt_length, n):
     seen, vanilla = Observer(drafter), Observer(NoDrafter(model))
     runs = [list(generate(model, who, prompt, n, width=width)) for who in (seen, vanilla)]
     ids = prompt + [token for r in runs[0] for token in r.tokens]
-    assert seen.tokens == vanilla.tokens == ids[1:] and seen.calls == (prompt_length > 1) + len(runs[0])
+    assert seen.tokens == vanilla.tokens == ids[1:]
+    assert seen.calls == (prompt_length > 1) + len(runs[0])
     for a, b in zip(seen.states, vanilla.states, strict=True):
         assert torch.equal(a, b)
 

@@ -12,6 +12,7 @@ from helpers import (
     TINY,
     PerfectAdapter,
     block,
+    examples,
     kangaroo_drafter,
     random_adapter,
     random_model,
@@ -19,7 +20,7 @@ from helpers import (
     write_adapter,
     write_model,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import llama
@@ -99,7 +100,7 @@ def assert_same(on, off):
            ["none", "lookup", "kangaroo",
             "kangaroo"]), width=st.sampled_from([2, 4, 8, 12, 16]), adapter=st.sampled_from(
                 list(ADAPTERS)), packed=st.booleans(), threshold=st.sampled_from([0.0, 0.1, 0.6]))
-@settings(max_examples=40)
+@examples(40)
 def test_graphs_on_is_graphs_off(seed, sampler, dtype, exit_layer, data, kind, width, adapter,
                                  packed, threshold):
     """Tokens, drafts and both caches, whole: one text after another through the same recordings,

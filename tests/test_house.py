@@ -1,4 +1,4 @@
-"""The house: which room may use which, how wide a line is, and that each room is where it is said."""
+"""The house: which room may use which, and how wide a line is."""
 import ast
 from pathlib import Path
 

@@ -16,11 +16,12 @@ from helpers import (
     NoisyAdapter,
     PerfectAdapter,
     block,
+    examples,
     random_adapter,
     random_model,
     samplers,
 )
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
@@ -139,7 +140,7 @@ def test_a_wide_model_with_long_drafts(device, dtype, packed):
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), kind=st.sampled_from(list(ADAPTERS)), sampler=samplers,
        short=st.integers(1, 30), more=st.integers(1, 30))
-@settings(max_examples=25)
+@examples(25)
 def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
     """The budget sets the memory and the last draft's length, never a view: the same text,
     longer."""
@@ -155,7 +156,7 @@ def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20), stale=st.sampled_from([1e4, -1e4, 1e-4]))
-@settings(max_examples=20)
+@examples(20)
 @example(seed=0, n=20, stale=6e4)  # the largest finite float16
 def test_stale_rows_change_nothing(device, seed, n, stale):
     """A cache full of large finite garbage gives the bits of one of zeros: a masked row has weight

@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DEVICES, TINY, NoisyAdapter, random_adapter, random_model
-from hypothesis import given, settings
+from helpers import DEVICES, TINY, NoisyAdapter, examples, random_adapter, random_model
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
@@ -76,7 +76,7 @@ def test_the_coupling_is_lossless_in_law(temperature, top_k, top_p):
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 2 ** 40), exit_layer=st.integers(0, 3), steps=st.integers(0, 7),
        threshold=st.floats(0, 1), temperature=st.sampled_from([0.5, 1.0, 2.0]))
-@settings(max_examples=30)
+@examples(30)
 def test_the_seed_alone_decides(device, seed, exit_layer, steps, threshold, temperature):
     """The same seed gives the same text whatever drafter, γ, η and exit layer; noise by position,
     never by call."""

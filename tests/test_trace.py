@@ -266,7 +266,8 @@ def test_the_page_stands_alone():
 def test_refused_before_decoding(model, tmp_path, capfd, args, word):
     (tmp_path / "two").write_text("one\ntwo\n")
     args = [arg.format(two=tmp_path / "two", folder=tmp_path) for arg in args]
-    status = command_line.main(["--trace", str(tmp_path / "page.html"), "--model", str(model), *args])
+    page = str(tmp_path / "page.html")
+    status = command_line.main(["--trace", page, "--model", str(model), *args])
     out, err = capfd.readouterr()
     assert (status, out) == (2, "") and re.fullmatch(r"kangaroo\.py: --trace [^\n]+\n",
                                                      err) and word in err
@@ -292,16 +293,19 @@ addEventListener("securitypolicyviolation", event => problems.push(event.violate
 TELL = """<script>
 const text = id => document.getElementById(id).textContent;
 const tell = () => ({
-  prompt: text("prompt"), output: text("output"), pending: text("pending"), say: text("say"), where: text("where"),
+  prompt: text("prompt"), output: text("output"), pending: text("pending"), say: text("say"),
+  where: text("where"),
   counters: ["tokens", "rounds", "rate", "saved"].map(name => text("n-" + name)),
   stage: document.getElementById("rows").innerHTML,
   rounds: [...document.querySelectorAll("#rounds li")].map(li => li.innerHTML)});
-const press = (key, shiftKey) => document.dispatchEvent(new KeyboardEvent("keydown", {key, shiftKey, cancelable: true}));
+const press = (key, shiftKey) => document.dispatchEvent(
+  new KeyboardEvent("keydown", {key, shiftKey, cancelable: true}));
 const click = id => document.getElementById(id).click();
 const done = what => {
   const node = document.createElement("pre");
   node.id = "told";
-  node.textContent = encodeURIComponent(JSON.stringify({...what, problems, hacked: window.hacked, title: document.title}));
+  node.textContent = encodeURIComponent(JSON.stringify(
+    {...what, problems, hacked: window.hacked, title: document.title}));
   document.body.append(node);
 };
 {
@@ -325,7 +329,8 @@ def browse(page, tmp_path, script, fragment=""):
         page.as_uri() + fragment
     ], capture_output=True, text=True, timeout=120)
     found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
-    assert found, f"the script did not come to its end:\n{shown.stdout[-2000:]}\n{shown.stderr[-2000:]}"
+    end = f"{shown.stdout[-2000:]}\n{shown.stderr[-2000:]}"
+    assert found, f"the script did not come to its end:\n{end}"
     assert "CONSOLE" not in shown.stderr, shown.stderr
     told = json.loads(unquote(html.unescape(found[1])))
     assert told["problems"] == [] and "hacked" not in told and told["title"] == "Kangaroo, replayed"
@@ -403,11 +408,14 @@ def fate(round_, node):
 READ_ROWS = """
 const frames = {}, read = row => {
   const box = row.querySelector(".tok");
-  return {kind: box.className.slice(4).trim(), title: box.title, depth: Number(box.style.getPropertyValue("--at")),
-    says: row.querySelector("td").textContent, sure: row.querySelector(".sure")?.textContent, text: row.textContent,
-    lit: row.querySelectorAll(".run i, .kept i").length, hatched: row.querySelectorAll(".unsure").length};
+  return {kind: box.className.slice(4).trim(), title: box.title,
+    depth: Number(box.style.getPropertyValue("--at")), says: row.querySelector("td").textContent,
+    sure: row.querySelector(".sure")?.textContent, text: row.textContent,
+    lit: row.querySelectorAll(".run i, .kept i").length,
+    hatched: row.querySelectorAll(".unsure").length};
 };
-do frames[text("round-title") + text("round-note")] = [...document.querySelectorAll("#rows tr:not([aria-hidden])")].map(read);
+const rows = () => [...document.querySelectorAll("#rows tr:not([aria-hidden])")].map(read);
+do frames[text("round-title") + text("round-note")] = rows();
 while (!document.getElementById("step").disabled && (click("step"), true));
 done({frames});
 """
@@ -473,7 +481,8 @@ def test_every_way_of_moving_shows_the_same(run, tmp_path):
         const all = [tell()], slider = document.getElementById("seek"), ways = {};
         while (!document.getElementById("step").disabled) { click("step"); all.push(tell()); }
         const at = n => JSON.stringify(tell()) === JSON.stringify(all[n]), end = all.length - 1;
-        ways.back = all.map((_, i) => i).reverse().every(i => { const same = at(i); click("back"); return same; });
+        ways.back = all.map((_, i) => i).reverse().every(
+          i => { const same = at(i); click("back"); return same; });
         ways.keys = all.every((_, i) => { const same = at(i); press("ArrowRight"); return same; });
         press("ArrowLeft"); ways.left = at(end - 1);
         press("Home"); ways.home = at(0);
@@ -486,15 +495,18 @@ def test_every_way_of_moving_shows_the_same(run, tmp_path):
         click("last"); ways.last = at(end);
         document.querySelector("#rounds button").click(); ways.list = at(first);
         click("last"); document.querySelector("#text b").click(); ways.word = at(first);
-        document.querySelector("#hops rect").dispatchEvent(new MouseEvent("click")); ways.hop = at(first);
+        document.querySelector("#hops rect").dispatchEvent(new MouseEvent("click"));
+        ways.hop = at(first);
         slider.value = 5; slider.dispatchEvent(new Event("input")); ways.slider = at(5);
-        location.hash = "#round-1"; dispatchEvent(new Event("hashchange")); ways.address = at(first);
+        location.hash = "#round-1"; dispatchEvent(new Event("hashchange"));
+        ways.address = at(first);
         location.hash = "#end"; dispatchEvent(new Event("hashchange")); ways.addressEnd = at(end);
         location.hash = "#3"; dispatchEvent(new Event("hashchange")); ways.number = at(3);
         press("Home"); document.getElementById("speed").value = "8"; press(" ");
         ways.playing = document.getElementById("play").getAttribute("aria-label") === "Pause";
         const stopped = () => document.getElementById("play").getAttribute("aria-label") === "Play";
-        const wait = () => at(end) ? done({ways: {...ways, stopped: stopped()}}) : setTimeout(wait, 100);
+        const wait = () => at(end) ? done({ways: {...ways, stopped: stopped()}})
+                                   : setTimeout(wait, 100);
         wait();""")
     assert told["ways"] and all(told["ways"].values()), told["ways"]
 
@@ -518,12 +530,15 @@ def test_a_phone_needs_no_sideways_scrolling_and_all_controls_have_names(run, tm
           frame.style.cssText = `width: ${width}px; height: 800px; border: 0`;
           frame.onload = () => {
             const inside = frame.contentDocument, root = inside.documentElement;
-            const out = c => c.getBoundingClientRect().right > root.clientWidth || c.getBoundingClientRect().bottom > 800;
+            const out = c => { const box = c.getBoundingClientRect();
+                               return box.right > root.clientWidth || box.bottom > 800; };
             const named = c => c.getAttribute("aria-label") || c.textContent.trim();
             inside.getElementById("last").click();
-            resolve({fits: root.scrollWidth === root.clientWidth, live: inside.getElementById("say").getAttribute("aria-live"),
+            const controls = [...inside.querySelectorAll("button, input, select")];
+            resolve({fits: root.scrollWidth === root.clientWidth,
+              live: inside.getElementById("say").getAttribute("aria-live"),
               out: [...inside.querySelectorAll("#controls *")].filter(out).map(c => c.id),
-              nameless: [...inside.querySelectorAll("button, input, select")].filter(c => !named(c)).map(c => c.id)});
+              nameless: controls.filter(c => !named(c)).map(c => c.id)});
           };
           frame.srcdoc = page;
           document.body.append(frame);

@@ -13,11 +13,12 @@ from helpers import (
     NoisyAdapter,
     PerfectAdapter,
     block,
+    examples,
     random_adapter,
     random_model,
     samplers,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_drafter import CheckedDrafter
 from test_lossless import ADAPTERS, assert_equal_bits, configs, decode
@@ -78,7 +79,7 @@ class RandomTreeDrafter(NoDrafter):
        n=st.integers(1, 40), width=WIDTHS, data=st.data(), packed=st.booleans(),
        threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0]), eos=st.sets(st.integers(0, 39),
                                                                      max_size=2))
-@settings(max_examples=30)
+@examples(30)
 def test_any_tree_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, sampler,
                                             prompt_length, n, width, data, packed, threshold, eos):
     """Guards everything: paths, positions, order of summation, rows moved after acceptance, block
@@ -142,7 +143,7 @@ def test_every_node_has_the_bits_of_its_path(device, dtype, width):
        sampler=samplers, steps=st.integers(0, 7), threshold=st.sampled_from([0.0, 0.05, 0.2]),
        prompt_length=st.integers(1, 20), exit_layer=st.integers(0, 3), candidates=st.sampled_from(
            [2, 4, 10]), nodes=st.integers(1, 31), width=WIDTHS)
-@settings(max_examples=40)
+@examples(40)
 def test_every_tree_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold,
                                                prompt_length, exit_layer, candidates, nodes, width):
     """Guards the adapter's cache and the exit states: wrong rows moved, a leaf taken for a node
@@ -182,15 +183,16 @@ class PlainDrafter(KangarooDrafter):
 @given(seed=st.integers(0, 999), sampler=samplers, steps=st.integers(0, 7),
        threshold=st.sampled_from([0.0, 0.1, 0.3, 1.0]), exit_layer=st.integers(0, 3),
        width=st.sampled_from([8, 16]))
-@settings(max_examples=25)
+@examples(25)
 def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, threshold,
                                                   exit_layer, width):
     """K = 1: the same tokens, confidences and stops as a loop that knows no trees."""
     model = random_model(TINY, seed, torch.float64, device=device)
     options = model, random_adapter(model), exit_layer, threshold, sampler, width
+    drafters = TreeDrafter(*options, 1), KangarooDrafter(*options), PlainDrafter(*options)
     tree, chain, plain = (
         list(generate(model, drafter, [1, seed % 40], 25, steps, sampler, width=width))
-        for drafter in (TreeDrafter(*options, 1), KangarooDrafter(*options), PlainDrafter(*options)))
+        for drafter in drafters)
     for a, b, c in zip(tree, chain, plain, strict=True):
         assert a.tokens == b.tokens == c.tokens
         assert a.draft.tokens == b.draft.tokens == c.draft.tokens
@@ -203,7 +205,7 @@ def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, 
 @given(seed=st.integers(0, 999), steps=st.integers(0, 7),
        n=st.integers(1, 40), exit_layer=st.integers(0, 3), width=WIDTHS, candidates=st.integers(
            1, 10), sampler=st.sampled_from([Sampler(), Sampler(1e-4)]))
-@settings(max_examples=25)
+@examples(25)
 def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, width, candidates,
                                            sampler):
     """Sure and right: the tree holds the text γ tokens deep in every round, ⌈N / (γ + 1)⌉ rounds
@@ -220,7 +222,7 @@ def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, w
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), sampler=samplers, exit_layer=st.integers(0, 3))
-@settings(max_examples=20)
+@examples(20)
 def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_layer):
     """Unsure but right: a tree with room for all candidates of three levels holds the text, at any
     temperature. Guards the drafter's noise, and states or rows of the adapter that belong to
@@ -235,7 +237,7 @@ def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_l
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), n=st.integers(1, 20), width=WIDTHS)
-@settings(max_examples=15)
+@examples(15)
 def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n, width):
     """Trees of what the target likes least: nothing is accepted, and nothing changes."""
     model = random_model(TINY, seed, torch.float64, device=device)
@@ -249,7 +251,7 @@ def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n, width):
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), threshold=st.sampled_from([0.0, 0.03, 0.1, 0.3]),
        candidates=st.integers(2, 10), nodes=st.integers(1, 15), steps=st.integers(1, 6))
-@settings(max_examples=40)
+@examples(40)
 def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, steps):
     """γ, K, `nodes` and η are kept; a leaf that was left out is no better than any leaf that is
     in."""
@@ -277,7 +279,7 @@ def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, ste
 
 
 @given(seed=st.integers(0, 99), data=st.data())
-@settings(max_examples=20)
+@examples(20)
 def test_siblings_are_the_next_best_choices(seed, data):
     """Greedy: the top-K tokens. Sampling: those of the distribution perturbed with the noise of the
     node's position."""
