@@ -1,77 +1,73 @@
-"""In how many outputs does a method differ from its own library's vanilla decoding? Kangaroo's and
-transformers' side by side.
+"""In how many outputs does a method differ from its own library's vanilla decoding?
 
-    pip install transformers python bench/exactness.py --model DIR --adapter DIR --questions FILE
-    [--limit 4] --out results.json
+    pip install transformers
+    python bench/exactness.py --model DIR --adapter DIR --questions FILE [--limit 4] \\
+        --out results.json
 
-The same model, prompts and dtypes, greedily. Ours: Kangaroo and prompt lookup against vanilla
-decoding (`--drafter none`). transformers: its prompt-lookup decoding (`prompt_lookup_num_tokens`)
-against its plain greedy `generate`. Whether the two libraries' vanilla decodings agree is another
-matter, and counted apart. Dtypes that --out holds already are kept.
+Kangaroo's and transformers' side by side: the same model, prompts and dtypes, greedily. Ours:
+Kangaroo and prompt lookup against vanilla decoding (`--drafter none`). transformers: its
+prompt-lookup decoding (`prompt_lookup_num_tokens`) against its plain greedy `generate`. Whether the
+two libraries' vanilla decodings agree is another matter, and counted apart. Dtypes that --out holds
+already are kept. Options of kangaroo.py may be added.
 """
-import argparse
 import json
 import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings(
-    "ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.speed import pick, processor
-from llama import UserError
-from support.checkpoint import read_json, write_atomically
-from support.command_line import parse_arguments
-from support.decoder import Decoder
-from support.program import Parser, refuse_below_one, run_program
+from bench.common import NEEDED, asked_for, machine, parser_for, pick, progress, results_of
+from support.checkpoint import write_atomically
+from support.program import refuse_below_one, run_program
 
 LOOKUP_TOKENS = 10  # transformers' own example value
 
 
 def first_difference(a, b):
     """The index of the first token that differs; None for equal lists."""
-    return None if a == b else next(
-        (i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))
+    if a == b:
+        return None
+    differ = (i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1])
+    return next(differ, min(len(a), len(b)))
+
+
+def theirs(args, dtype, config, device):
+    """A function of transformers' generate: ids and its options -> new ids."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
+
+    def generate(ids, **options):
+        prompt = torch.tensor([ids], device=device)
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+            eos_token_id=list(config.eos_token_ids), max_new_tokens=args.new_tokens,
+            **options)[0, len(ids):].tolist()
+
+    return generate
 
 
 def measure(dtype, args, more):
     """{method: the first differing token of each output} for one dtype."""
-    decoder = Decoder(
-        parse_arguments([
-            "--prompt", "-", "--model",
-            str(args.model), "--adapter",
-            str(args.adapter), "--dtype", dtype, "--max-new-tokens",
-            str(args.new_tokens), *more
-        ]))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(
-        decoder.model.norm.weight.device)
-    eos = list(decoder.model.config.eos_token_ids)
+    asked = asked_for(args, ["--dtype", dtype, *more])
+    decoder, found = asked.decoder, {}
+    generate = theirs(args, dtype, decoder.model.config, decoder.device)
 
     def ours(ids, drafter):
-        return [token for round_, _ in decoder.rounds(ids, drafter) for token in round_.tokens]
+        return [token for round_ in asked.rounds(ids, drafter) for token in round_.tokens]
 
-    def generate(ids, **options):
-        prompt = torch.tensor([ids], device=theirs.device)
-        return theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                               eos_token_id=eos, pad_token_id=0, max_new_tokens=args.new_tokens,
-                               **options)[0, len(ids):].tolist()
-
-    found, questions = {}, pick(args.questions, args.limit, args.skip)
-    for done, question in enumerate(questions, 1):
+    for question in progress(pick(args.questions, args.limit, args.skip), f"{dtype} "):
         ids = decoder.encode(question.turns[0])[-args.longest:]
         vanilla, plain = ours(ids, "none"), generate(ids)
-        for method, output, reference in (("Kangaroo", ours(
-                ids, "kangaroo"), vanilla), ("prompt lookup", ours(ids, "lookup"), vanilla),
-                                          ("transformers, prompt lookup",
-                                           generate(ids,
-                                                    prompt_lookup_num_tokens=LOOKUP_TOKENS), plain),
-                                          ("transformers' vanilla against ours", plain, vanilla)):
+        lookup = generate(ids, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+        for method, output, reference in (
+                ("Kangaroo", ours(ids, "kangaroo"), vanilla),
+                ("prompt lookup", ours(ids, "lookup"), vanilla),
+                ("transformers, prompt lookup", lookup, plain),
+                ("transformers' vanilla against ours", plain, vanilla)):
             found.setdefault(method, []).append(first_difference(output, reference))
-        print(f"\r{dtype} {done}/{len(questions)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     return found
 
 
@@ -79,22 +75,13 @@ def show(results):
     print(" · ".join(results["settings"].values()))
     for dtype, methods in results["dtypes"].items():
         for method, differences in methods.items():
-            print(
-                f"{dtype:10}{method:36}{sum(d is not None for d in differences):4} of {len(differences)} outputs differ"
-            )
+            differ = sum(d is not None for d in differences)
+            print(f"{dtype:10}{method:36}{differ:4} of {len(differences)} outputs differ")
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--model", "--adapter", "--questions", "--out"):
-        parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=4,
-                        help="so many questions of each subtask (default: 4)")
-    parser.add_argument("--skip", type=int, default=0,
-                        help="after the first so many of each subtask")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--longest", type=int, default=1024,
-                        help="of a longer prompt, only so many last tokens")
+    parser = parser_for(__doc__, model=NEEDED, adapter=NEEDED, questions=NEEDED, out=NEEDED,
+                        limit=4, skip=0, new_tokens=128, longest=1024)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     args, more = parser.parse_known_args(argv)
     refuse_below_one(args, "limit", "new_tokens", "longest")
@@ -102,13 +89,9 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     settings = {
         "model": args.model.name, "tokens": f"at most {args.new_tokens} tokens",
-        "prompts": f"of at most {args.longest} tokens",
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "software": f"torch {torch.__version__}, transformers {transformers.__version__}"
-    }
-    results = read_json(args.out) if args.out.exists() else {"settings": settings, "dtypes": {}}
-    if results.get("settings") != settings:
-        raise UserError(f"--out {args.out}: was made with other settings, give another file")
+        "prompts": f"of at most {args.longest} tokens", "machine": machine(),
+        "software": f"torch {torch.__version__}, transformers {transformers.__version__}"}
+    results = results_of(args.out, settings, dtypes={})
     for dtype in args.dtypes:
         if dtype not in results["dtypes"]:
             results["dtypes"][dtype] = measure(dtype, args, more)

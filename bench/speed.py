@@ -1,9 +1,9 @@
-"""Speed and memory of decoding, measured: ratios in one process, methods interleaved token budget
-by token budget, medians.
+"""Speed and memory of decoding: ratios in one process, methods interleaved run by run, medians.
 
-    python bench/speed.py --model DIR [--adapter DIR] python bench/speed.py --model DIR --adapter
-    DIR --prompts FILE [--each 10] [--temperature 0.8] [--tree [--width 32]] python bench/speed.py
-    --model DIR --widths 8 16 32
+    python bench/speed.py --model DIR [--adapter DIR]
+    python bench/speed.py --model DIR --adapter DIR --prompts FILE [--each 10] \\
+        [--temperature 0.8] [--tree [--width 32]]
+    python bench/speed.py --model DIR --widths 8 16 32
 
 The first compares, for one prompt of about 100 tokens and the same number of new tokens: vanilla
 decoding at width 1, vanilla at the one shape (the third command: at several widths), Kangaroo if an
@@ -15,153 +15,275 @@ faster of the two vanilla decodings, prompt by prompt interleaved, and whether K
 equal vanilla's in every run. --tree adds a draft tree and vanilla decoding at the tree's width,
 with weights packed for it; a tree's tokens are held against those.
 """
-import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-warnings.filterwarnings(
-    "ignore", "Failed to initialize NumPy")  # PyTorch says so at import; nothing here needs it
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
-from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
-from llama import CHAIN_WIDTH, KVCache, Sampler, UserError, pack
-from support.checkpoint import load_adapter, load_llama
-from support.data import json_turns
-from support.decoder import pick_device_and_dtype
-from support.program import Parser, refuse_below_one, run_program
-from support.tokenizer import Tokenizer, find_chat_template, render_chat
+from bench.common import (
+    NEEDED,
+    decode,
+    dtype_name,
+    ids_of,
+    machine,
+    parser_for,
+    pick,
+    progress,
+    refuse_tree_width,
+    rotated,
+    stopwatch,
+    weights_of,
+)
+from drafters.tree import TREE_WIDTH
+from kangaroo import STEPS, THRESHOLD, WIDTH, generate
+from llama import KVCache, Sampler, UserError
+from support.decoder import Decoder, Settings, load
+from support.program import refuse_below_one, run_program
 
 PROMPT = (
-    "Kangaroos are large marsupials that live in Australia. They have strong hind legs, a long tail for balance, and a pouch "
-    "in which the mother carries her joey for many months after its birth. Most of them feed on grass at dawn and at dusk, and "
-    "rest in the shade while the sun is high. A group of kangaroos is called a mob, and its members warn one another of danger "
-    "by thumping the ground with their feet. Explain to a child who has never seen one how a kangaroo jumps, why it can cross "
-    "long distances without getting tired, and what it does when it meets a river on its way.")
+    "Kangaroos are large marsupials that live in Australia. They have strong hind legs, a long "
+    "tail for balance, and a pouch in which the mother carries her joey for many months after its "
+    "birth. Most of them feed on grass at dawn and at dusk, and rest in the shade while the sun is "
+    "high. A group of kangaroos is called a mob, and its members warn one another of danger by "
+    "thumping the ground with their feet. Explain to a child who has never seen one how a kangaroo "
+    "jumps, why it can cross long distances without getting tired, and what it does when it meets "
+    "a river on its way.")
 
+
+def load_for(args, width):
+    """A decoder with weights packed for steps of this width."""
+    return load(args.model, args.adapter or False, args.device, args.dtype, width, graphs=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# One prompt
 
 def peak_memory():
     """The most resident memory this process has ever had, in MB."""
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
-    return next(
-        int(line.split()[1])
-        for line in status.read_text().splitlines()
-        if line.startswith("VmHWM")) / 1000
-
-
-def processor():
-    """The CPU's own name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                platform.machine())
+    lines = status.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 
 
 def read_bandwidth():
     """Bytes per second of one pass over 256 MB, best of 5."""
     data = torch.ones(64 * 1024 * 1024)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - begin)
-    return data.numel() * 4 / min(seconds)
+    return data.nbytes / min(stopwatch(data.sum)[1] for _ in range(5))
 
 
-def ours(model, prompt, n, width, adapter=None, exit_layer=None):
-    drafter = KangarooDrafter(model, adapter, exit_layer,
-                              width=width) if adapter else NoDrafter(model)
-    rounds = [r.tokens for r in generate(model, drafter, prompt, n, width=width)]
-    return sum(rounds, []), len(rounds)
+def ours(decoder, prompt, n, drafter="none", width=None):
+    """n tokens, past any end of sequence, with the paper's settings."""
+    drafter = decoder.drafter(drafter, settings=Settings(STEPS, THRESHOLD))
+    rounds = generate(decoder.model, drafter, prompt, n, width=width or decoder.width)
+    return [token for r in rounds for token in r.tokens]
 
 
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
-            "humanities")
-
-
-class Question(NamedTuple):
-    line: int  # of the file
-    category: str  # Spec-Bench's subtask; "prompts" in other files
-    turns: list  # what the user says, turn by turn
-
-
-def pick(path, each, skip):
-    """[Question]: `each` of each category, after the first `skip`, of a file of prompts or of
-    Spec-Bench's questions."""
+def theirs(args, decoder, prompt):
+    """{name: function of n} of transformers' generate, if that package is installed."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    taken, seen = [], Counter()
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        turns, category = [line], "prompts"
-        if line.startswith("{"):
-            turns = json_turns(line, f"{path}:{i}")
-            category = str(json.loads(line).get("category", category))
-        category = "mt_bench" if category in MT_BENCH else category
-        seen[category] += 1
-        if skip < seen[category] <= skip + each:
-            taken.append(Question(i, category, turns))
-    if not taken:
-        raise UserError(
-            f"{path}: of its {seen.total()} prompts, after the first {skip} of each category, none is left (--skip)"
-        )
-    return taken
+        import transformers
+    except ImportError:
+        print("transformers is not installed: left out")
+        return {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=decoder.dtype)
+    model, ids = model.to(decoder.device).eval(), torch.tensor([prompt], device=decoder.device)
+
+    def run(n):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                               min_new_tokens=n, max_new_tokens=n, pad_token_id=0)
+        return found[0, len(prompt):].tolist()
+
+    return {f"transformers {transformers.__version__}": run}
 
 
-def pick_ids(args, tokenizer, template, config):
-    """[(category, ids)] of first turns; of what is too long the last tokens, so that there is room
-    for one more."""
-    longest = min(args.longest, config.max_position_embeddings - 1)
-    return [(question.category, tokenizer.encode(render_chat(template,
-                                                             question.turns[:1]))[-longest:])
-            for question in pick(args.prompts, args.each, args.skip)]
+def one_prompt(args):
+    """The first table of the docstring."""
+    decoder = load_for(args, WIDTH)
+    prompt, context = decoder.tokenizer.encode(PROMPT), decoder.model.config.max_position_embeddings
+    if len(prompt) + args.new_tokens > context:
+        raise UserError(f"--new-tokens {args.new_tokens}: the context has room for "
+                        f"{context - len(prompt)} behind the prompt")
+    if args.memory:
+        ours(decoder, prompt, args.new_tokens)
+        print(peak_memory())
+        return
+    methods = {"vanilla, width 1": partial(ours, decoder, prompt, width=1)}
+    for width in args.widths:
+        wide = decoder if width == WIDTH else load_for(args, width)
+        methods[f"vanilla, one shape (width {width})"] = partial(ours, wide, prompt)
+    if args.adapter:
+        methods["Kangaroo"] = partial(ours, decoder, prompt, drafter="kangaroo")
+    methods |= theirs(args, decoder, prompt)
+    compare(args, decoder, prompt, methods)
+    if decoder.device.type == "cpu":
+        print_memory(args, decoder, prompt)
 
 
-def refuse_tree_width(args):
-    if args.tree and not CHAIN_WIDTH < args.width <= KVCache.BLOCK:
-        raise UserError(
-            f"--width {args.width}: must be above {CHAIN_WIDTH} and at most {KVCache.BLOCK} for --tree"
-        )
+def compare(args, decoder, prompt, methods):
+    """Run all methods, interleaved, and print a line for each."""
+    for method in methods.values():
+        method(n=8)  # the first pass over a shape compiles kernels
+    seconds, tokens, bandwidth = {name: [] for name in methods}, {}, []
+    for _ in range(args.repeats):
+        bandwidth.append(read_bandwidth())
+        for name, method in methods.items():
+            tokens[name], spent = stopwatch(partial(method, n=args.new_tokens))
+            seconds[name].append(spent)
+            assert len(tokens[name]) == args.new_tokens
+    bandwidth = statistics.median(bandwidth)
+    weights = sum(p.nbytes for p in weights_of(decoder.model))
+    print(f"{args.model.name} · {dtype_name(decoder.dtype)} · {decoder.device} ({machine()}) · "
+          f"torch {torch.__version__}\n{len(prompt)} prompt tokens, {args.new_tokens} new, median "
+          f"of {args.repeats} interleaved runs")
+    print(f"{'':32} {'tokens/s':>9} {'ms/token':>9} {'÷ width 1':>10} {'bandwidth share':>16}")
+    for name in methods:
+        each = statistics.median(seconds[name]) / args.new_tokens
+        ratio = statistics.median(b / a for a, b in zip(seconds["vanilla, width 1"], seconds[name]))
+        print(f"{name:32} {1 / each:9.1f} {each * 1e3:9.1f} {ratio:10.2f} "
+              f"{weights / bandwidth / each:16.2f}")
+    print(f"bandwidth share = {weights / 1e6:.0f} MB of weights ÷ {bandwidth / 1e9:.1f} GB/s "
+          "(measured reads) ÷ seconds a token")
+    names = [name for name in methods if f"(width {WIDTH})" in name or name == "Kangaroo"]
+    if len(names) == 2:
+        print(f"Kangaroo's tokens equal vanilla's: {tokens[names[0]] == tokens[names[1]]}")
 
 
-def print_parts(model, drafting, width, steps, prompts, args):
+def print_memory(args, decoder, prompt):
+    """One line: what the peak memory of a process that only decodes is made of, in MB."""
+    this = [sys.executable, __file__, "--model", args.model, "--dtype", dtype_name(decoder.dtype),
+            "--new-tokens", str(args.new_tokens), "--memory"]
+    base, peak = (float(subprocess.run([*this, what], capture_output=True, text=True,
+                                       check=True).stdout) for what in ("nothing", "decode"))
+    weights = sum(p.nbytes for p in weights_of(decoder.model)) / 1e6
+    cache = decoder.model.new_cache(len(prompt) + args.new_tokens + WIDTH).rows.nbytes / 1e6
+    print(f"peak memory {peak:.0f} MB = {base:.0f} Python and torch + {weights:.0f} weights + "
+          f"{cache:.0f} cache + {peak - base - weights - cache:.0f} other")
+
+
+# --------------------------------------------------------------------------------------------------
+# Many prompts
+
+class Method(NamedTuple):
+    decoder: Decoder
+    drafter: str
+    settings: Settings
+    width: int    # rows of a step
+    vanilla: str  # the method whose tokens it must give
+
+    def decode(self, ids, new_tokens, sampler):
+        return decode(self.decoder, ids, self.drafter, new_tokens, sampler, self.settings,
+                      self.width)
+
+
+def methods_of(args):
+    """({name: Method}, their settings in words)"""
+    decoder = load_for(args, WIDTH)
+    chain = decoder.settings(steps=args.steps, threshold=args.threshold)
+    methods = {"width 1": Method(decoder, "none", chain, 1, "one shape"),
+               "one shape": Method(decoder, "none", chain, WIDTH, "one shape"),
+               "Kangaroo": Method(decoder, "kangaroo", chain, WIDTH, "one shape")}
+    text = f"exit layer {decoder.exit_layer}, γ {chain.steps}, η {chain.threshold}"
+    if args.tree:
+        wide = load_for(args, args.width)
+        tree = wide.settings("tree", steps=args.tree_steps, threshold=args.tree_threshold,
+                             top_candidates=args.top_candidates, nodes=args.nodes)
+        methods |= {"wide shape": Method(wide, "none", tree, args.width, "wide shape"),
+                    "tree": Method(wide, "tree", tree, args.width, "wide shape")}
+        text += (f" · tree: width {args.width}, {tree.nodes} nodes, {tree.top_candidates} "
+                 f"candidates, γ {tree.steps}, η {tree.threshold}")
+    return methods, text
+
+
+def each(figures):
+    """Seconds a token."""
+    return figures["seconds"] / figures["tokens"]
+
+
+def figures_of(runs, vanilla):
+    """Of the runs of a method on a prompt: the counts of one, its median seconds in all."""
+    first = runs[0]
+    return {"seconds": statistics.median(sum(run.seconds) for run in runs),
+            "tokens": len(first.tokens), "rounds": len(first.rounds),
+            "drafting": sum(first.drafting),
+            "drafted": sum(len(r.draft.tokens) for r in first.rounds),
+            "accepted": sum(r.accepted for r in first.rounds),
+            "levels": sum(max(r.draft.depth()) for r in first.rounds),
+            "same": all(run.tokens == vanilla.tokens for run in runs)}
+
+
+def measure(methods, prompts, args, sampler):
+    """[{method: figures}] of each prompt."""
+    for method in methods.values():  # the first pass over a shape compiles kernels
+        method.decode(prompts[0][:40], args.new_tokens, sampler)
+    figures = []
+    for i, ids in enumerate(progress(prompts)):
+        runs = {name: [] for name in methods}
+        for repeat in range(args.repeats):
+            for name in rotated(methods, i + repeat):
+                runs[name].append(methods[name].decode(ids, args.new_tokens, sampler))
+        figures.append({name: figures_of(runs[name], runs[method.vanilla][0])
+                        for name, method in methods.items()})
+    return figures
+
+
+def print_table(name, vanilla, categories, figures):
+    """A line for each category: compression rate, speedup, and whether all was identical."""
+    print(f"{name:24} {'prompts':>7} {'tokens':>7} {'compression rate':>17} {'speedup':>8} "
+          f"{'identical':>10}")
+    for category in [*dict.fromkeys(categories), "all"]:
+        rows = [f for c, f in zip(categories, figures) if category in (c, "all")]
+        tokens, rounds, same = (sum(f[name][key] for f in rows)
+                                for key in ("tokens", "rounds", "same"))
+        speedup = statistics.median(each(f[vanilla]) / each(f[name]) for f in rows)
+        print(f"{category:24} {len(rows):7} {tokens:7} {tokens / rounds:17.2f} {speedup:8.2f} "
+              f"{same:>3} of {len(rows):3}")
+
+
+def print_rounds(name, total, vanilla):
+    """A line: tokens drafted and accepted, and what drafting costs. Sums of the method, of vanilla."""
+    print(f"{name}: {total['drafted'] / total['rounds']:.2f} tokens drafted a round, "
+          f"{total['accepted'] / max(1, total['drafted']):.0%} of them accepted, "
+          f"{total['drafting'] / total['seconds']:.0%} of its time drafting, "
+          f"{total['drafting'] / (total['levels'] + total['rounds']) * 1e3:.2f} ms a draft step; a "
+          f"vanilla step of its width takes {each(vanilla) * 1e3:.2f} ms")
+
+
+def print_parts(method, prompts, new_tokens, sampler):
     """One line: which part of Kangaroo's time goes where, after the first round of each prompt."""
-    spent, sums, (adapter, depth, _, sampler, *_) = Counter(), Counter(), drafting
+    decoder, spent, sums = method.decoder, Counter(), Counter()
+    model, adapter, depth = decoder.model, decoder.adapter, decoder.exit_layer
 
     def watch(owner, name, part):
         inner = getattr(owner, name)
 
         def timed(*arguments, **more):
-            begin = time.perf_counter()
-            result = inner(*arguments, **more)
-            spent[part(*arguments)] += time.perf_counter() - begin
+            result, seconds = stopwatch(partial(inner, **more), *arguments)
+            spent[part(*arguments)] += seconds
             return result
 
         object.__setattr__(owner, name, timed)
 
-    watch(model, "run_layers", lambda *arguments: "draft: layers"
-          if arguments[-1] == depth else "verify: layers")
+    def layers(*arguments):
+        return "draft: layers" if arguments[-1] == depth else "verify: layers"
+
+    watch(model, "run_layers", layers)
     watch(model, "logits", lambda *_: "verify: LM head")
     watch(adapter, "forward", lambda *_: "draft: adapter")
     watch(adapter.head or model.lm_head, "forward", lambda *_: "draft: LM head")
     watch(sampler, "choose", lambda *_: "sampling")
     for ids in prompts:
-        rounds = generate(model, KangarooDrafter(model, *drafting), ids, args.new_tokens, steps,
-                          sampler, model.config.eos_token_ids, width)
+        rounds = decoder.rounds(ids, method.drafter, new_tokens, sampler, settings=method.settings)
         next(rounds)
         spent.clear()
         begin = time.perf_counter()
@@ -170,180 +292,63 @@ def print_parts(model, drafting, width, steps, prompts, args):
         sums.update(spent)
     if adapter.head is None:
         sums["draft: LM head"] -= sums["verify: LM head"]  # the same module
-    rest = sums["all"] - sum(seconds for part, seconds in sums.items() if part != "all")
-    print("where Kangaroo's time goes: "
-          + ", ".join(f"{part} {seconds / sums['all']:.0%}"
-                      for part, seconds in [*sorted(sums.items()), ("Python and the rest", rest)]
-                      if part != "all"))
+    every = sums.pop("all")
+    parts = [*sorted(sums.items()), ("Python and the rest", every - sums.total())]
+    shares = ", ".join(f"{part} {seconds / every:.0%}" for part, seconds in parts)
+    print(f"where Kangaroo's time goes: {shares}")
 
 
-def many_prompts(args, load):
-    """The second table of the docstring; load(width) gives model, adapter and the adapter's facts,
-    packed for that width."""
-    model, adapter, facts = load(WIDTH)
-    tokenizer, (_, template) = Tokenizer(args.model, model.config), find_chat_template(args.model)
+def many_prompts(args):
+    """The second table of the docstring."""
+    methods, settings = methods_of(args)
     sampler = Sampler(args.temperature, top_p=args.top_p, seed=1)
-    exit_layer, eos = facts["exit_layer"], model.config.eos_token_ids
-    chain = {"steps": STEPS, "threshold": THRESHOLD} | facts
-    chain |= {
-        name: value
-        for name in ("steps", "threshold")
-        if (value := getattr(args, name)) is not None
-    }
-    methods = {
-        "width 1": (model, None, 1), "one shape": (model, None, WIDTH),
-        "Kangaroo": (model, (adapter, exit_layer, chain["threshold"], sampler, WIDTH), WIDTH,
-                     chain["steps"])
-    }
-    vanilla_of = {"width 1": "one shape", "one shape": "one shape", "Kangaroo": "one shape"}
-    settings = f"exit layer {exit_layer}, γ {chain['steps']}, η {chain['threshold']}"
+    decoder, drafting = methods["Kangaroo"].decoder, ["Kangaroo", "tree"][:1 + args.tree]
+    questions = pick(args.prompts, args.each, args.skip)
+    prompts = [ids_of(decoder, question, args.longest) for question in questions]
+    figures = measure(methods, prompts, args, sampler)
+    total = {name: {key: sum(f[name][key] for f in figures) for key in figures[0][name]}
+             for name in methods}
+    fastest = min((name for name in methods if name not in drafting),
+                  key=lambda name: each(total[name]))
+    print(f"{args.model.name} · {dtype_name(decoder.dtype)} · {machine()} · torch "
+          f"{torch.__version__} · {settings} · temperature {args.temperature}")
+    for name in drafting:
+        print_table(name, fastest, [question.category for question in questions], figures)
+    speeds = ", ".join(f"{name} {1 / each(total[name]):.1f}" for name in methods)
+    print(f"fastest vanilla: {fastest} · tokens/s, prefill included: {speeds}")
+    for name in drafting:
+        print_rounds(name, total[name], total[methods[name].vanilla])
+    print_parts(methods["Kangaroo"], prompts[::max(1, len(prompts) // 6)], args.new_tokens, sampler)
     if args.tree:
-        tree = {"steps": TREE_STEPS, "threshold": TREE_THRESHOLD, "top_candidates": TOP_CANDIDATES
-                } | facts.get("tree", {})
-        tree |= {
-            name: value
-            for name, value in (("steps", args.tree_steps), ("threshold", args.tree_threshold),
-                                ("top_candidates", args.top_candidates), ("nodes", args.nodes))
-            if value is not None
-        }
-        nodes = min(tree.get("nodes", args.width), args.width - 1)
-        wide_model, wide_adapter, _ = load(args.width)
-        more = wide_adapter, exit_layer, tree["threshold"], sampler, args.width, tree[
-            "top_candidates"], nodes
-        methods |= {
-            "wide shape": (wide_model, None, args.width),
-            "tree": (wide_model, more, args.width, tree["steps"])
-        }
-        vanilla_of |= {"wide shape": "wide shape", "tree": "wide shape"}
-        settings += (
-            f" · tree: width {args.width}, {nodes} nodes, {tree['top_candidates']} candidates, γ {tree['steps']}, "
-            f"η {tree['threshold']}")
-
-    def decode(ids, model, drafting, width, steps=0):
-        drafter = KangarooDrafter(model, *drafting) if drafting else NoDrafter(model)
-        spent, draft = [0.0], drafter.draft
-
-        def timed(*arguments):
-            begin = time.perf_counter()
-            result = draft(*arguments)
-            spent[0] += time.perf_counter() - begin
-            return result
-
-        drafter.draft = timed
-        begin = time.perf_counter()
-        rounds = list(generate(model, drafter, ids, args.new_tokens, steps, sampler, eos, width))
-        seconds = time.perf_counter() - begin
-        return {
-            "seconds": seconds, "drafting": spent[0], "rounds": len(rounds),
-            "ids": [t for r in rounds for t in r.tokens], "drafted": sum(
-                len(r.draft.tokens) for r in rounds), "accepted": sum(r.accepted for r in rounds),
-            "levels": sum(max(r.draft.depth()) for r in rounds)
-        }
-
-    prompts = pick_ids(args, tokenizer, template, model.config)
-    for method in methods.values():
-        decode(prompts[0][1][:40], *method)  # the first pass over a shape compiles kernels
-    runs = []
-    for i, (category, ids) in enumerate(prompts):
-        results = {name: [] for name in methods}
-        for repeat in range(args.repeats):
-            first = (i + repeat) % len(methods)
-            for name in list(methods)[first:] + list(methods)[:first]:  # nobody is always first
-                results[name].append(decode(ids, *methods[name]))
-        for name, r in results.items():
-            r[0] |= {
-                "seconds": statistics.median(x["seconds"]
-                                             for x in r) / len(r[0]["ids"]),  # of one token
-                "same": all(x["ids"] == results[vanilla_of[name]][0]["ids"] for x in r)
-            }
-        runs.append((category, {name: r[0] for name, r in results.items()}))
-        print(f"\r{i + 1}/{len(prompts)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    total = {
-        name: sum(run[name]["seconds"] * len(run[name]["ids"])
-                  for _, run in runs)
-        for name in methods
-    }
-    tokens = {name: sum(len(run[name]["ids"]) for _, run in runs) for name in methods}
-    vanilla = min((name for name, method in methods.items() if method[1] is None),
-                  key=lambda name: total[name] / tokens[name])
-    dtype = str(model.norm.weight.dtype).removeprefix("torch.")
-    print(
-        f"{Path(args.model).name} · {dtype} · {processor()}, {torch.get_num_threads()} threads · torch {torch.__version__} · "
-        f"{settings} · temperature {args.temperature}")
-    for method in ("Kangaroo", "tree") if args.tree else ("Kangaroo",):
-        print(
-            f"{method:24} {'prompts':>7} {'tokens':>7} {'compression rate':>17} {'speedup':>8} {'identical':>10}"
-        )
-        for name in [*dict.fromkeys(category for category, _ in runs), "all"]:
-            rows = [run for category, run in runs if name in (category, "all")]
-            n, rounds = sum(len(run[method]["ids"]) for run in rows), sum(run[method]["rounds"]
-                                                                          for run in rows)
-            speedup = statistics.median(run[vanilla]["seconds"] / run[method]["seconds"]
-                                        for run in rows)
-            print(f"{name:24} {len(rows):7} {n:7} {n / rounds:17.2f} {speedup:8.2f} "
-                  f"{sum(run[method]['same'] for run in rows):>3} of {len(rows):3}")
-    speeds = ", ".join(f"{name} {tokens[name] / total[name]:.1f}" for name in methods)
-    print(f"fastest vanilla: {vanilla} · tokens/s, prefill included: {speeds}")
-    for method in ("Kangaroo", "tree") if args.tree else ("Kangaroo",):
-        drafted, accepted, drafting, rounds, levels = (sum(run[method][key]
-                                                           for _, run in runs)
-                                                       for key in ("drafted", "accepted",
-                                                                   "drafting", "rounds", "levels"))
-        own = vanilla_of[method]
-        print(
-            f"{method}: {drafted / rounds:.2f} tokens drafted a round, {accepted / max(1, drafted):.0%} of them accepted, "
-            f"{drafting / total[method]:.0%} of its time drafting, {drafting / (levels + rounds) * 1e3:.2f} ms a draft step; "
-            f"a vanilla step of its width takes {total[own] / tokens[own] * 1e3:.2f} ms")
-    print_parts(*methods["Kangaroo"], [ids for _, ids in prompts[::max(1,
-                                                                       len(prompts) // 6)]], args)
-    if args.tree:
-        rate = {
-            name: tokens[name] / sum(run[name]["rounds"]
-                                     for _, run in runs)
-            for name in ("Kangaroo", "tree")
-        }
-        faster = statistics.median(run["Kangaroo"]["seconds"] / run["tree"]["seconds"]
-                                   for _, run in runs)
-        print(
-            f"tree against chain: compression rate {rate['tree'] / rate['Kangaroo']:.2f} times, speed {faster:.2f} times"
-        )
+        rate = {name: total[name]["tokens"] / total[name]["rounds"] for name in drafting}
+        faster = statistics.median(each(f["Kangaroo"]) / each(f["tree"]) for f in figures)
+        print(f"tree against chain: compression rate {rate['tree'] / rate['Kangaroo']:.2f} times, "
+              f"speed {faster:.2f} times")
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--adapter",
-                        help="an adapter's folder, or random; without it Kangaroo is left out")
-    parser.add_argument("--dtype", help="default: the command line's")
-    parser.add_argument("--device")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--prompts",
-                        help="a prompt a line, or Spec-Bench's JSONL: decode these instead")
-    parser.add_argument("--each", type=int, default=10**9, help="so many prompts of each category")
-    parser.add_argument("--skip", type=int, default=0,
-                        help="after the first so many of each category")
-    parser.add_argument("--longest", type=int, default=1024,
-                        help="of a longer prompt, only so many last tokens")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, help="γ (default: the adapter's)")
-    parser.add_argument("--threshold", type=float, help="η (default: the adapter's)")
-    parser.add_argument("--tree", action="store_true", help="with --prompts: a draft tree too")
-    parser.add_argument("--width", type=int, default=TREE_WIDTH, help="rows of a step for the tree")
-    parser.add_argument(
-        "--nodes", type=int,
-        help="the most tokens in the tree (default: the adapter's, or what the width takes)")
-    parser.add_argument("--top-candidates", type=int,
-                        help="of a node of the tree (default: the adapter's)")
-    parser.add_argument("--tree-steps", type=int, help="γ of the tree (default: the adapter's)")
-    parser.add_argument("--tree-threshold", type=float,
-                        help="η of the tree (default: the adapter's)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[WIDTH],
-                        help="without --prompts: vanilla at these widths")
-    parser.add_argument("--memory", choices=("nothing", "decode"),
-                        help="print the peak memory of doing just this, and stop")
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+def parse_arguments(argv):
+    parser = parser_for(__doc__, model=NEEDED, adapter=None, prompts=None, each=10, skip=0,
+                        new_tokens=128, longest=1024, dtype=None, device=None)
+    option = parser.add_argument
+    option("--repeats", type=int, default=7)
+    option("--temperature", type=float, default=0.0)
+    option("--top-p", type=float, default=1.0)
+    option("--steps", type=int, help="γ (default: the adapter's)")
+    option("--threshold", type=float, help="η (default: the adapter's)")
+    option("--tree", action="store_true", help="with --prompts: a draft tree too")
+    option("--width", type=int, default=TREE_WIDTH, help="rows of a step for the tree")
+    option("--nodes", type=int, help="the most tokens in the tree (default: the adapter's, or what "
+           "the width takes)")
+    option("--top-candidates", type=int, help="of a node of the tree (default: the adapter's)")
+    option("--tree-steps", type=int, help="γ of the tree (default: the adapter's)")
+    option("--tree-threshold", type=float, help="η of the tree (default: the adapter's)")
+    option("--widths", type=int, nargs="+", default=[WIDTH],
+           help="without --prompts: vanilla at these widths")
+    option("--memory", choices=("nothing", "decode"),
+           help="print the peak memory of doing just this, and stop")
     args = parser.parse_args(argv)
     refuse_below_one(args, "new_tokens", "repeats", "each", "longest")
     for width in args.widths:
@@ -352,99 +357,17 @@ def main(argv=None):
     if args.prompts and not args.adapter:
         raise UserError("--prompts: compares with Kangaroo, give --adapter DIR too")
     refuse_tree_width(args)
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     if args.memory == "nothing":
         print(peak_memory())
-        return
-    device, dtype = pick_device_and_dtype(args)
-    model = load_llama(args.model, device, dtype)
-    weights = sum(p.nbytes for p in model.parameters())
-    prompt, context = Tokenizer(args.model,
-                                model.config).encode(PROMPT), model.config.max_position_embeddings
-    if not args.prompts and len(prompt) + args.new_tokens > context:
-        raise UserError(
-            f"--new-tokens {args.new_tokens}: the context has room for {context - len(prompt)} behind the prompt"
-        )
-
-    def load(width):
-        model = load_llama(args.model, device, dtype)
-        adapter, facts = load_adapter(args.adapter, model) if args.adapter else (None, {})
-        for module in (adapter, model) if adapter else (model,):
-            pack(module, width)
-        return model, adapter, facts
-
-    if args.prompts:
-        many_prompts(args, load)
-        return
-    model, adapter, facts = load(WIDTH)
-    if args.memory:
-        ours(model, prompt, args.new_tokens, WIDTH)
-        print(peak_memory())
-        return
-
-    methods = {"vanilla, width 1": lambda n: ours(model, prompt, n, 1)[0]}
-    for width in args.widths:
-        wide = model if width == WIDTH else load(width)[0]
-        methods[f"vanilla, one shape (width {width})"] = lambda n, wide=wide, width=width: ours(
-            wide, prompt, n, width)[0]
-    if args.adapter:
-        methods["Kangaroo"] = lambda n: ours(model, prompt, n, WIDTH, adapter, facts["exit_layer"])[
-            0]
-    try:
-        import transformers
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model,
-                                                                   dtype=dtype).to(device).eval()
-        ids = torch.tensor([prompt], device=device)
-        methods[f"transformers {transformers.__version__}"] = lambda n: theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=n,
-            max_new_tokens=n, pad_token_id=0)[0, len(prompt):].tolist()
-    except ImportError:
-        print("transformers is not installed: left out")
-
-    for method in methods.values():
-        method(8)  # the first pass over a shape compiles kernels
-    seconds, tokens, bandwidth = {name: [] for name in methods}, {}, []
-    for _ in range(args.repeats):
-        bandwidth.append(read_bandwidth())
-        for name, method in methods.items():
-            begin = time.perf_counter()
-            tokens[name] = method(args.new_tokens)
-            seconds[name].append(time.perf_counter() - begin)
-            assert len(tokens[name]) == args.new_tokens
-    bandwidth = statistics.median(bandwidth)
-
-    print(
-        f"{Path(args.model).name} · {str(dtype).removeprefix('torch.')} · {device} ({processor()}, "
-        f"{torch.get_num_threads()} threads) · torch {torch.__version__}\n{len(prompt)} prompt tokens, {args.new_tokens} new, "
-        f"median of {args.repeats} interleaved runs")
-    print(f"{'':32} {'tokens/s':>9} {'ms/token':>9} {'÷ width 1':>10} {'bandwidth share':>16}")
-    first = "vanilla, width 1"
-    for name in methods:
-        each = statistics.median(seconds[name]) / args.new_tokens
-        ratio = statistics.median(b / a for a, b in zip(seconds[first], seconds[name]))
-        print(
-            f"{name:32} {1 / each:9.1f} {each * 1e3:9.1f} {ratio:10.2f} {weights / bandwidth / each:16.2f}"
-        )
-    print(
-        f"bandwidth share = {weights / 1e6:.0f} MB of weights ÷ {bandwidth / 1e9:.1f} GB/s (measured reads) ÷ seconds a token"
-    )
-    names = [name for name in methods if f"(width {WIDTH})" in name or name == "Kangaroo"]
-    if len(names) == 2:
-        print(f"Kangaroo's tokens equal vanilla's: {tokens[names[0]] == tokens[names[1]]}")
-    if device.type == "cpu":
-        this = [
-            sys.executable, __file__, "--model", args.model, "--dtype",
-            str(dtype).removeprefix("torch."), "--new-tokens",
-            str(args.new_tokens)
-        ]
-        base, peak = (float(
-            subprocess.run([*this, "--memory", what], capture_output=True, text=True,
-                           check=True).stdout) for what in ("nothing", "decode"))
-        cache = KVCache.zeros(model.config, len(model.layers),
-                              len(prompt) + args.new_tokens + WIDTH, model.norm.weight)
-        cached = sum(rows.nbytes for rows in cache.k + cache.v) / 1e6
-        print(
-            f"peak memory {peak:.0f} MB = {base:.0f} Python and torch + {weights / 1e6:.0f} weights + {cached:.0f} cache "
-            f"+ {peak - base - weights / 1e6 - cached:.0f} other")
+    elif args.prompts:
+        many_prompts(args)
+    else:
+        one_prompt(args)
 
 
 if __name__ == "__main__":

@@ -24,31 +24,25 @@ from support.checkpoint import read_json
 BLUE, VIOLET, GREEN, RED, GREY = "#1668b8", "#6a3fb5", "#14733f", "#b3261e", "#8a8f99"
 MODELS = {"stories": "stories (16 layers)", "smollm2": "SmolLM2-135M (30 layers)"}
 PAPER_BENCH = {  # by subtask: compression rate, speedup
-    "Vicuna-7B": {
-        "mt_bench": (2.22, 1.68), "translation": (1.41, 1.24), "summarization": (1.87, 1.50),
-        "qa": (1.87, 1.43), "math_reasoning": (2.14, 1.61), "rag": (2.05, 1.52)
-    }, "Vicuna-13B": {
-        "mt_bench": (2.44, 1.66), "translation": (1.45, 1.18), "summarization": (2.00, 1.41),
-        "qa": (1.79, 1.34), "math_reasoning": (2.42, 1.63), "rag": (2.16, 1.40)
-    }
-}
-PAPER_EXITS = {
-    0: (1.42, 1.28), 2: (2.01, 1.50), 4: (2.32, 1.44), 8: (2.61, 1.28), 16: (3.40, 1.07)
-}  # of 32 layers
-PAPER_ADAPTERS = {
-    "ℓ = 2": ("67 M", "1.50"), "attention + MLP": ("202 M", "1.37"), "MLP only": ("165 M", "1.22"),
-    "own LM head": ("198 M", "1.44")
-}
-PAPER_THRESHOLDS = {
+    "Vicuna-7B": {"mt_bench": (2.22, 1.68), "translation": (1.41, 1.24),
+                  "summarization": (1.87, 1.50), "qa": (1.87, 1.43), "math_reasoning": (2.14, 1.61),
+                  "rag": (2.05, 1.52)},
+    "Vicuna-13B": {"mt_bench": (2.44, 1.66), "translation": (1.45, 1.18),
+                   "summarization": (2.00, 1.41), "qa": (1.79, 1.34),
+                   "math_reasoning": (2.42, 1.63), "rag": (2.16, 1.40)}}
+PAPER_EXITS = {  # of 32 layers
+    0: (1.42, 1.28), 2: (2.01, 1.50), 4: (2.32, 1.44), 8: (2.61, 1.28), 16: (3.40, 1.07)}
+PAPER_ADAPTERS = {"ℓ = 2": ("67 M", "1.50"), "attention + MLP": ("202 M", "1.37"),
+                  "MLP only": ("165 M", "1.22"), "own LM head": ("198 M", "1.44")}
+PAPER_THRESHOLDS = {  # η = 0, .1, .3, .5, .7, .9
     4: (1.36, 1.31, 1.44, 1.47, 1.48, 1.40), 6: (1.21, 1.26, 1.41, 1.46, 1.48, 1.41),
-    8: (1.11, 1.18, 1.37, 1.48, 1.49, 1.44)
-}  # η = 0, .1, .3, .5, .7, .9
+    8: (1.11, 1.18, 1.37, 1.48, 1.49, 1.44)}
+BOTH = ("compression_rate", "Compression rate"), ("speedup", "Speedup")
 
 matplotlib.rcParams.update({
-    "svg.fonttype": "none", "svg.hashsalt": "kangaroo", "font.size": 9, "font.family": "sans-serif",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
-    "legend.frameon": False, "figure.facecolor": "white"
-})
+    "svg.fonttype": "none", "svg.hashsalt": "kangaroo", "font.size": 9,
+    "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 9, "legend.frameon": False, "figure.facecolor": "white"})
 
 
 def save(figure, name):
@@ -79,43 +73,50 @@ def load(name):
 
 
 # --------------------------------------------------------------------------------------------------
+# bench/spec_bench.py and bench/exactness.py
 
 def spec_bench():
     """The paper's table, ours above the paper's; and a picture of it."""
-    if results := load("spec_bench-smollm2"):
-        summary = summarise(results)
-        subtasks = [key for key in SUBTASKS if key in summary]
-        rows = []
-        for method in METHODS:
-            cells = [summary[key][method] for key in [*subtasks, "all"]]
-            rows.append(
-                [method, *map(both, cells), f"{cells[-1]['identical']} of {cells[-1]['turns']}"])
-        for model, figures in PAPER_BENCH.items():
-            mean = sum(speedup for _, speedup in figures.values()) / len(figures)
-            cells = ["{:.2f} / {:.2f}".format(*figures[key]) for key in subtasks]
-            rows.append([f"*the paper, {model}*", *cells, f"– / {mean:.2f}", "not claimed"])
-        tokens = summary["all"]["vanilla"]["tokens"]
-        write("spec_bench-smollm2", [
-            *table(["", *(SUBTASKS[key] for key in subtasks), "all", "identical"], rows), "",
-            f"({settings(results)}; {tokens:,} tokens a method. Speedup against {summary['fastest']}.)"
-        ])
-        figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7))
-        for axis, key, title, j in zip(axes, ("compression_rate", "speedup"),
-                                       ("Compression rate", "Speedup"), (0, 1)):
-            bars = [("SmolLM2-135M, ours", BLUE, [summary[s]["Kangaroo"][key] for s in subtasks]),
-                    ("SmolLM2-135M, prompt lookup", GREEN,
-                     [summary[s]["prompt lookup"][key] for s in subtasks]),
-                    ("Vicuna-7B, the paper", GREY,
-                     [PAPER_BENCH["Vicuna-7B"][s][j] for s in subtasks])]
-            for i, (label, colour, heights) in enumerate(bars):
-                axis.bar([x + 0.27 * (i - 1) for x in range(len(subtasks))], heights, 0.25,
-                         color=colour, label=label)
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_xticks(range(len(subtasks)), [SUBTASKS[s] for s in subtasks], rotation=25,
-                            ha="right")
-            axis.set_title(title)
-        axes[0].legend(fontsize=7.5)
-        save(figure, "spec_bench")
+    results = load("spec_bench-smollm2")
+    if not results:
+        return
+    summary = summarise(results)
+    subtasks = [key for key in SUBTASKS if key in summary]
+    rows = []
+    for method in METHODS:
+        cells = [summary[key][method] for key in [*subtasks, "all"]]
+        identical = f"{cells[-1]['identical']} of {cells[-1]['turns']}"
+        rows.append([method, *map(both, cells), identical])
+    for model, figures in PAPER_BENCH.items():
+        mean = sum(speedup for _, speedup in figures.values()) / len(figures)
+        cells = ["{:.2f} / {:.2f}".format(*figures[key]) for key in subtasks]
+        rows.append([f"*the paper, {model}*", *cells, f"– / {mean:.2f}", "not claimed"])
+    head = ["", *(SUBTASKS[key] for key in subtasks), "all", "identical"]
+    tokens = summary["all"]["vanilla"]["tokens"]
+    write("spec_bench-smollm2", [
+        *table(head, rows), "", f"({settings(results)}; {tokens:,} tokens a method. Speedup "
+        f"against {summary['fastest']}.)"])
+    draw_spec_bench(summary, subtasks)
+
+
+def draw_spec_bench(summary, subtasks):
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7))
+    for j, (axis, (key, title)) in enumerate(zip(axes, BOTH)):
+        paper = [PAPER_BENCH["Vicuna-7B"][s][j] for s in subtasks]
+        ours, lookup = ([summary[s][method][key] for s in subtasks]
+                        for method in ("Kangaroo", "prompt lookup"))
+        for i, (label, colour, heights) in enumerate((
+                ("SmolLM2-135M, ours", BLUE, ours),
+                ("SmolLM2-135M, prompt lookup", GREEN, lookup),
+                ("Vicuna-7B, the paper", GREY, paper))):
+            axis.bar([x + 0.27 * (i - 1) for x in range(len(subtasks))], heights, 0.25,
+                     color=colour, label=label)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(subtasks)), [SUBTASKS[s] for s in subtasks], rotation=25,
+                        ha="right")
+        axis.set_title(title)
+    axes[0].legend(fontsize=7.5)
+    save(figure, "spec_bench")
 
 
 def exactness():
@@ -123,19 +124,18 @@ def exactness():
     for model in MODELS:
         if results := load(f"exactness-{model}"):
             for dtype, methods in results["dtypes"].items():
-                cells = [
-                    f"{sum(d is not None for d in differences)} of {len(differences)}"
-                    for differences in methods.values()
-                ]
+                cells = [f"{sum(d is not None for d in differences)} of {len(differences)}"
+                         for differences in methods.values()]
                 rows.append([model, dtype, *cells])
             lines += ["", f"({settings(results)})"]
     if rows:
-        head = [
-            "", "", "Kangaroo", "prompt lookup", "transformers, prompt lookup",
-            "transformers' vanilla, from ours"
-        ]
+        head = ["", "", "Kangaroo", "prompt lookup", "transformers, prompt lookup",
+                "transformers' vanilla, from ours"]
         write("exactness", table(head, rows) + lines)
 
+
+# --------------------------------------------------------------------------------------------------
+# bench/ablations.py
 
 def each_ablation():
     found = [(model, results) for model in MODELS if (results := load(f"ablations-{model}"))]
@@ -144,33 +144,31 @@ def each_ablation():
     return found
 
 
+def in_full():
+    """[(model, figures)] of the adapters that were trained in full."""
+    return [(model, results["variants"]["in full"]) for model, results in each_ablation()
+            if "in full" in results["variants"]]
+
+
 def exit_layers():
-    found = {
-        model: {
-            int(name[4:]): f
-            for name, f in results["variants"].items()
-            if name.startswith("ℓ = ")
-        }
-        for model, results in each_ablation()
-    }
+    found = {model: {int(name[4:]): f for name, f in results["variants"].items()
+                     if name.startswith("ℓ = ")} for model, results in each_ablation()}
     if not found:
         return
     layers = sorted(set().union(*found.values()))
     rows = []
     for model, by_layer in found.items():
-        for what, cell in ((f"{MODELS[model]}: compression rate / speedup", lambda f: both(at(f))),
-                           ("draft step ÷ vanilla step",
-                            lambda f: f"{f['seconds']['draft'] / f['seconds']['step']:.2f}"),
-                           ("held-out agreement", lambda f: f"{f['agreement']:.1%}")):
+        for what, cell in (
+                (f"{MODELS[model]}: compression rate / speedup", lambda f: both(at(f))),
+                ("draft step ÷ vanilla step",
+                 lambda f: f"{f['seconds']['draft'] / f['seconds']['step']:.2f}"),
+                ("held-out agreement", lambda f: f"{f['agreement']:.1%}")):
             rows.append([what, *(cell(by_layer[x]) if x in by_layer else "–" for x in layers)])
-    rows.append([
-        "*the paper, Vicuna-7B (32 layers)*",
-        *("{:.2f} / {:.2f}".format(*PAPER_EXITS[x]) if x in PAPER_EXITS else "–" for x in layers)
-    ])
+    paper = ["{:.2f} / {:.2f}".format(*PAPER_EXITS[x]) if x in PAPER_EXITS else "–" for x in layers]
+    rows.append(["*the paper, Vicuna-7B (32 layers)*", *paper])
     write("exit-layers", table(["ℓ", *layers], rows))
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.6))
-    for axis, key, title, j in zip(axes, ("compression_rate", "speedup"),
-                                   ("Compression rate", "Speedup"), (0, 1)):
+    for j, (axis, (key, title)) in enumerate(zip(axes, BOTH)):
         for (model, by_layer), colour in zip(found.items(), (VIOLET, BLUE)):
             axis.plot(list(by_layer), [at(f)[key] for f in by_layer.values()], "o-", color=colour,
                       label=MODELS[model])
@@ -184,38 +182,34 @@ def exit_layers():
 
 
 def adapters():
-    names = [
-        "ℓ = 2", "no input norm", "attention + MLP", "MLP only", "own LM head",
-        "attention + MLP, loss −log Σ min(p, q)", "attention + MLP, whole vocabulary"
-    ]
+    names = ["ℓ = 2", "no input norm", "attention + MLP", "MLP only", "own LM head",
+             "attention + MLP, loss −log Σ min(p, q)", "attention + MLP, whole vocabulary"]
     rows, found = [], each_ablation()
     if not found:
         return
     for name in names:
-        cells = []
-        if all(name not in results["variants"] for _, results in found):
+        cells, measured = [], [results["variants"].get(name) for _, results in found]
+        if not any(measured):
             continue
-        for _, results in found:
-            f = results["variants"].get(name)
+        for f in measured:
             cells += [f"{f['parameters'] / 1e6:.2f} M", f"{f['agreement']:.1%}",
                       both(at(f))] if f else ["–"] * 3
-        rows.append([
-            "the paper's" if name == "ℓ = 2" else name, *cells,
-            *PAPER_ADAPTERS.get(name, ("–", "–"))
-        ])
-    head = [
-        cell for model, _ in found
-        for cell in (f"{model}: parameters", "agreement", "compression rate / speedup")
-    ]
+        label = "the paper's" if name == "ℓ = 2" else name
+        rows.append([label, *cells, *PAPER_ADAPTERS.get(name, ("–", "–"))])
+    head = [cell for model, _ in found
+            for cell in (f"{model}: parameters", "agreement", "compression rate / speedup")]
     write("adapters", table(["", *head, "*the paper, 7B*: parameters", "speedup"], rows))
+    draw_adapters(found)
+
+
+def draw_adapters(found):
     figure, axes = plt.subplots(1, len(found) + 1, figsize=(8.4, 2.4), sharey=True)
     shown = list(PAPER_ADAPTERS)
-    panels = [(MODELS[model],
-               [at(r["variants"][n])["speedup"] if n in r["variants"] else 0
-                for n in shown], colour)
-              for (model, r), colour in zip(found, (VIOLET, BLUE))]
-    for axis, (title, speedups, colour) in zip(axes, [
-            *panels, ("Vicuna-7B, the paper", [float(PAPER_ADAPTERS[n][1]) for n in shown], GREY)]):
+    panels = [(MODELS[model], [at(results["variants"][name])["speedup"]
+                               if name in results["variants"] else 0 for name in shown], colour)
+              for (model, results), colour in zip(found, (VIOLET, BLUE))]
+    panels.append(("Vicuna-7B, the paper", [float(PAPER_ADAPTERS[n][1]) for n in shown], GREY))
+    for axis, (title, speedups, colour) in zip(axes, panels):
         bars = axis.barh(range(len(shown)), speedups, color=colour)
         axis.bar_label(bars, [f"{s:.2f}" for s in speedups], padding=2, fontsize=8)
         axis.set_yticks(range(len(shown)), ["the paper's adapter", *shown[1:]])
@@ -228,26 +222,20 @@ def adapters():
 
 
 def thresholds():
-    found = [(model, r["variants"]["in full"])
-             for model, r in each_ablation()
-             if "in full" in r["variants"]]
+    found = in_full()
     if not found:
         return
     steps = sorted({cell["steps"] for cell in found[0][1]["grid"]})
     etas = sorted({cell["threshold"] for cell in found[0][1]["grid"]})
     lines = []
     for model, f in found:
-        best = at(f)
-        rows = [[
-            f"γ = {s}", *(f"**{both(cell)}**" if cell is best else both(cell)
-                          for cell in (at(f, s, t)
-                                       for t in etas))
-        ]
-                for s in steps]
-        lines += [
-            f"{MODELS[model]}, compression rate / speedup:", "",
-            *table(["", *(f"η = {t}" for t in etas)], rows), ""
-        ]
+        rows, best = [], at(f)
+        for s in steps:
+            cells = [at(f, s, t) for t in etas]
+            rows.append([f"γ = {s}", *(f"**{both(cell)}**" if cell is best else both(cell)
+                                       for cell in cells)])
+        lines += [f"{MODELS[model]}, compression rate / speedup:", "",
+                  *table(["", *(f"η = {t}" for t in etas)], rows), ""]
     write("thresholds", lines[:-1])
     figure, axes = plt.subplots(1, len(found) + 1, figsize=(8.4, 2.6))
     for axis, (model, f) in zip(axes, found):
@@ -267,17 +255,14 @@ def thresholds():
 
 
 def positions():
-    found = [(model, r["variants"]["in full"]["by_position"])
-             for model, r in each_ablation()
-             if "in full" in r["variants"]]
+    found = in_full()
     if not found:
         return
     places = range(1, PAPER[0] + 1)
-    shares = {
-        model: [f["accepted"][w - 1] / f["drafted"][w - 1]
-                for w in places]
-        for model, f in found
-    }
+    shares = {}
+    for model, f in found:
+        drafted, accepted = f["by_position"]["drafted"], f["by_position"]["accepted"]
+        shares[model] = [accepted[w - 1] / drafted[w - 1] for w in places]
     rows = [[MODELS[model], *(f"{share:.0%}" for share in row)] for model, row in shares.items()]
     write("positions", table(["draft position w", *places], rows))
     figure, axis = plt.subplots(figsize=(4.2, 2.4))
@@ -291,35 +276,29 @@ def positions():
 
 
 def confidence():
-    found = [(model, r["variants"]["in full"]["confidence"])
-             for model, r in each_ablation()
-             if "in full" in r["variants"]]
-    if not found:
-        return
     panels, rows = [], []
-    for model, by_subtask in found:
+    for model, f in in_full():
+        by_subtask = f["confidence"]
         for subtask in [key for key in SUBTASKS if key in by_subtask] or list(by_subtask):
-            panels.append((f"{model}: {SUBTASKS[subtask]}" if subtask in SUBTASKS else model,
-                           by_subtask[subtask]))
+            name = f"{model}: {SUBTASKS[subtask]}" if subtask in SUBTASKS else model
+            panels.append((name, by_subtask[subtask]))
+    if not panels:
+        return
     for name, bins in panels:
         n = len(bins["accepted"])
         total = {kind: sum(counts) for kind, counts in bins.items()}
-        mean = {
-            kind: sum((i + .5) / n * c
-                      for i, c in enumerate(counts)) / max(1, total[kind])
-            for kind, counts in bins.items()
-        }
+        mean = {kind: sum((i + .5) / n * c for i, c in enumerate(counts)) / max(1, total[kind])
+                for kind, counts in bins.items()}
         above = [sum(counts[int(PAPER[1] * n):]) for counts in (bins["accepted"], bins["rejected"])]
-        rows.append([
-            name, total["accepted"], total["rejected"], f"{mean['accepted']:.2f}",
-            f"{mean['rejected']:.2f}", f"{above[0] / max(1, sum(above)):.0%}"
-        ])
-    head = [
-        "", "right", "wrong", "mean top-1 probability, right", "wrong",
-        f"right of those above {PAPER[1]}"
-    ]
+        rows.append([name, total["accepted"], total["rejected"], f"{mean['accepted']:.2f}",
+                     f"{mean['rejected']:.2f}", f"{above[0] / max(1, sum(above)):.0%}"])
+    head = ["", "right", "wrong", "mean top-1 probability, right", "wrong",
+            f"right of those above {PAPER[1]}"]
     write("confidence", table(head, rows))
-    columns = 4
+    draw_confidence(panels)
+
+
+def draw_confidence(panels, columns=4):
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(8.4, 1.7 * lines), squeeze=False)
     for axis in axes.flat[len(panels):]:

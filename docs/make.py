@@ -1,5 +1,4 @@
-"""Make again what the docs show of the stories model: the replay page, its picture, the worked
-example.
+"""Make again what the docs show of the stories model: the replay page, its picture, two examples.
 
     python docs/make.py
 
@@ -7,9 +6,6 @@ Writes docs/example.html, docs/example.png (needs Chromium or Chrome; without on
 stays) and the parts of docs/algorithm.md between the `example` and the `tree` comments. All of it
 comes from two decodes of the default model, the second with --tree.
 """
-import contextlib
-import io
-import json
 import re
 import shutil
 import subprocess
@@ -19,35 +15,38 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
-import replay
-
-import kangaroo
-from llama import LlamaConfig
+from drafters.tree import TREE_WIDTH
+from support import command_line, replay
 from support.checkpoint import write_atomically
-from support.tokenizer import Tokenizer
+from support.decoder import load
 
 PROMPT = "Once upon a time"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
 
 
+# --------------------------------------------------------------------------------------------------
+# The replay page, and its picture
+
 def recorded():
     """The data of the page, and the page itself."""
     page = DOCS / "example.html"
-    status = kangaroo.main(
-        ["--prompt", PROMPT, "--device", "cpu", "--compare", "--trace",
-         str(page)])
+    status = command_line.main(["--prompt", PROMPT, "--device", "cpu", "--compare", "--trace",
+                                str(page)])
     if status:
         raise SystemExit(f"kangaroo.py ended with status {status}: nothing else was written")
     return replay.read_page(page), page
 
 
 def most_telling(rounds):
-    """The number of the round with the longest draft that was accepted in part and stopped by the
-    second early exit."""
-    return max(
-        range(len(rounds) - 1), key=lambda r:
-        (rounds[r]["stopped"] == "unsure", 0 < rounds[r]["accepted"] < len(rounds[r]["drafted"]),
-         len(rounds[r]["drafted"])))
+    """The number of the round with the longest draft that was accepted in part.
+
+    And that the second early exit stopped.
+    """
+    def telling(r):
+        drafted, accepted = len(rounds[r]["drafted"]), rounds[r]["accepted"]
+        return rounds[r]["stopped"] == "unsure", 0 < accepted < drafted, drafted
+
+    return max(range(len(rounds) - 1), key=telling)
 
 
 def picture(page, r, path):
@@ -57,14 +56,16 @@ def picture(page, r, path):
         return
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
-        subprocess.run([
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            f"--user-data-dir={folder}/profile", "--blink-settings=preferredColorScheme=1",
-            "--window-size=960,930", "--virtual-time-budget=3000", f"--screenshot={shot}",
-            f"{page.as_uri()}#round-{r + 1}"
-        ], check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             f"--user-data-dir={folder}/profile", "--blink-settings=preferredColorScheme=1",
+             "--window-size=960,930", "--virtual-time-budget=3000", f"--screenshot={shot}",
+             f"{page.as_uri()}#round-{r + 1}"], check=True, capture_output=True, timeout=120)
         write_atomically(path, shot.read_bytes())
 
+
+# --------------------------------------------------------------------------------------------------
+# The worked example
 
 def show(label):
     return "`" + label.replace(" ", "·").replace("\n", "↵").replace("`", "'") + "`"
@@ -73,25 +74,24 @@ def show(label):
 def table(data, r):
     """One round as a Markdown table."""
     round_, eta, L, N = data["rounds"][r], data["threshold"], data["exit_layer"], data["layers"]
-    drafted, committed, accepted = round_["drafted"], round_["committed"], round_["accepted"]
-    lines = [
-        f"| position | token in | draft after layers 0 … {L - 1} and the adapter | confidence | the model's choice, after "
-        f"layer {N - 1} | cache rows |", "|---|---|---|---|---|---|"
-    ]
+    drafted, committed = round_["drafted"], round_["committed"]
+    lines = [f"| position | token in | draft after layers 0 … {L - 1} and the adapter | confidence "
+             f"| the model's choice, after layer {N - 1} | cache rows |",
+             "|---|---|---|---|---|---|"]
     for i in range(len(drafted) + 1):
         token = show(drafted[i - 1]["label"] if i else round_["input"])
         draft, sure = "–", ""
         if i < len(drafted):
             draft, sure = show(drafted[i]["label"]), f"{drafted[i]['confidence']:.3f}"
-            sure += f" ≤ η = {eta:g}: stop" if i + 1 == len(
-                drafted) and round_["stopped"] == "unsure" else ""
+            unsure = i + 1 == len(drafted) and round_["stopped"] == "unsure"
+            sure += f" ≤ η = {eta:g}: stop" if unsure else ""
         choice, rows = "not used", "stale"
         if i < len(committed):
-            verdict = "= draft" if i < accepted else "≠ draft: replaces it" if i < len(
-                drafted) else "one token more"
+            verdict = ("= draft" if i < round_["accepted"] else
+                       "≠ draft: replaces it" if i < len(drafted) else "one token more")
             choice, rows = f"{show(committed[i]['label'])} {verdict}", "kept"
-        lines.append(
-            f"| {round_['position'] + i} | {token} | {draft} | {sure} | {choice} | {rows} |")
+        lines.append(f"| {round_['position'] + i} | {token} | {draft} | {sure} | {choice} | "
+                     f"{rows} |")
     return lines
 
 
@@ -101,10 +101,10 @@ def catching_up(rounds):
         n = len(before["drafted"])
         if 0 < n == before["accepted"] < len(before["committed"]) and then["drafted"]:
             first = next(run[1] for group in then["passes"] for run in group if run[0] == "adapter")
-            return (
-                f"In round {k} all {n} drafted tokens were accepted, so round {k + 1} starts at position {then['position']}, "
-                f"but its first run of the adapter at {first}: the adapter has not seen the last drafted token, and takes "
-                "two rows to catch up.")
+            return (f"In round {k} all {n} drafted tokens were accepted, so round {k + 1} starts "
+                    f"at position {then['position']}, but its first run of the adapter at {first}: "
+                    "the adapter has not seen the last drafted token, and takes two rows to catch "
+                    "up.")
     return ""
 
 
@@ -114,69 +114,68 @@ def example(data, r):
     round_, after, prompt = rounds[r], rounds[r + 1], data["prompt_tokens"]
     n, m, p = len(round_["drafted"]), len(round_["committed"]), round_["position"]
     passes = sum(replay.layer_passes(run) for group in round_["passes"] for run in group)
+    begins = "goes on behind the rows that were kept. "
+    if m <= n:
+        begins = f"overwrites the rows from {after['position']} on. "
     return "\n".join([
-        f"Prompt `{PROMPT}`, {prompt} tokens; N = {N} layers, ℓ = {L}, γ = {data['steps']}, η = {data['threshold']:g}; greedy. "
-        f"Prefill has run positions 0 … {prompt - 2}. This is round {r + 1} of {s['rounds']}; `·` is a space.",
-        "", *table(data, r), "",
-        f"What ran, as hooks on the layers recorded it: layers 0 … {L - 1} at each of the positions {p} … {p + n}, one after "
-        f"another; the adapter {n} times; layers {L} … {N - 1} once, over all {n + 1} rows. That is {passes} layer passes for "
-        f"{m} tokens, where vanilla decoding takes {m} × {N} = {m * N} (the adapter counts as one layer).",
-        "",
-        f"Round {r + 2} begins with {show(after['input'])} at position {after['position']}, which no layer has seen yet, and "
-        + (f"overwrites the rows from {after['position']} on. "
-           if m <= n else "goes on behind the rows that were kept. ") + catching_up(rounds), "",
-        f"The whole decode: {s['tokens']} tokens in {s['rounds']} rounds, compression rate {s['compression_rate']:.2f}; "
-        f"{s['accepted']} of {s['drafted']} drafted tokens accepted; {s['layer_passes']:,} layer passes instead of "
-        f"{s['vanilla_layer_passes']:,}."
-    ])
+        f"Prompt `{PROMPT}`, {prompt} tokens; N = {N} layers, ℓ = {L}, γ = {data['steps']}, η = "
+        f"{data['threshold']:g}; greedy. Prefill has run positions 0 … {prompt - 2}. This is round "
+        f"{r + 1} of {s['rounds']}; `·` is a space.", "", *table(data, r), "",
+        f"What ran, as hooks on the layers recorded it: layers 0 … {L - 1} at each of the "
+        f"positions {p} … {p + n}, one after another; the adapter {n} times; layers {L} … {N - 1} "
+        f"once, over all {n + 1} rows. That is {passes} layer passes for {m} tokens, where vanilla "
+        f"decoding takes {m} × {N} = {m * N} (the adapter counts as one layer).", "",
+        f"Round {r + 2} begins with {show(after['input'])} at position {after['position']}, which "
+        f"no layer has seen yet, and {begins}{catching_up(rounds)}", "",
+        f"The whole decode: {s['tokens']} tokens in {s['rounds']} rounds, compression rate "
+        f"{s['compression_rate']:.2f}; {s['accepted']} of {s['drafted']} drafted tokens accepted; "
+        f"{s['layer_passes']:,} layer passes instead of {s['vanilla_layer_passes']:,}."])
 
+
+# --------------------------------------------------------------------------------------------------
+# The tree
 
 def drawn(tree, texts, node=0):
-    """The lines of a tree from `node` down, the first child beside its parent, the others below; ✓
-    for accepted nodes."""
+    """The lines of a tree from `node` down; ✓ for accepted nodes.
+
+    The first child stands beside its parent, the others below.
+    """
     label = f"{node} {show(texts[node])[1:-1]}"
     if node:
         label += f" {tree['confidence'][node - 1]:.2f}" + " ✓" * (node in tree["accepted"])
-    blocks = [
-        drawn(tree, texts, child)
-        for child, parent in enumerate(tree["parents"], 1)
-        if parent == node
-    ]
-    lines = []
+    blocks = [drawn(tree, texts, child) for child, parent in enumerate(tree["parents"], 1)
+              if parent == node]
+    lines, blank = [], " " * len(label)
     for i, block in enumerate(blocks):
         last = i == len(blocks) - 1
-        first = label + (" ── " if last else " ┬─ ") if i == 0 else " " * len(label) + (
-            " └─ " if last else " ├─ ")
-        rest = " " * len(label) + ("    " if last else " │  ")
+        first = blank + (" └─ " if last else " ├─ ") if i else label + (" ── " if last else " ┬─ ")
+        rest = blank + ("    " if last else " │  ")
         lines += [first + block[0], *(rest + line for line in block[1:])]
     return lines or [label]
 
 
+def second_choices(tree):
+    """How many accepted nodes are not their parents' first children."""
+    parents = tree["parents"]
+    return sum(node > parents.index(parents[node - 1]) + 1 for node in tree["accepted"])
+
+
 def tree_example():
-    """The round of a decode with --tree whose accepted path leaves the drafter's first choices most
-    often, drawn."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        kangaroo.main(["--prompt", PROMPT, "--device", "cpu", "--tree", "--json"])
-    trees = json.loads(output.getvalue())["trees"]
+    """The round of a decode with --tree that leaves the drafter's first choices most often, drawn.
 
-    def second_choices(tree):
-        return sum(node > tree["parents"].index(tree["parents"][node - 1]) + 1
-                   for node in tree["accepted"])
-
+    That is, whose accepted path does.
+    """
+    decoder = load(device="cpu", width=TREE_WIDTH)
+    trees = decoder.generate(PROMPT, "tree")[1]["trees"]
     r = max(range(len(trees)), key=lambda r: (second_choices(trees[r]), len(trees[r]["accepted"])))
-    tree, folder = trees[r], kangaroo.DEFAULT_MODEL
-    tokenizer = Tokenizer(folder, LlamaConfig.load(folder))
+    tree, tokenizer = trees[r], decoder.tokenizer
     before = tokenizer.encode("a")  # so that a token shows the blank it begins with
     head = len(tokenizer.decode(before))
-    texts = [
-        "last committed", *(tokenizer.decode([*before, token])[head:] for token in tree["tokens"])
-    ]
+    texts = [tokenizer.decode([*before, token])[head:] for token in tree["tokens"]]
     return "\n".join([
-        f"Round {r + 1} of `python kangaroo.py --prompt \"{PROMPT}\" --tree`: {len(tree['tokens'])} drafted nodes, numbered in "
-        "the order in which they ran, with the drafter's probability of each; ✓ is the accepted path.",
-        "", "```", *drawn(tree, texts), "```"
-    ])
+        f"Round {r + 1} of `python kangaroo.py --prompt \"{PROMPT}\" --tree`: {len(texts)} drafted "
+        "nodes, numbered in the order in which they ran, with the drafter's probability of each; ✓ "
+        "is the accepted path.", "", "```", *drawn(tree, ["last committed", *texts]), "```"])
 
 
 def insert(path, name, text):

@@ -1,7 +1,7 @@
-"""What a user gets wrong on the command line of the other programs: one line that names it, status
-2.
+"""What a user gets wrong on the command line of the other programs: one line that names it.
 
-Some of them run for hours, so it must come to light before anything is measured or written.
+And status 2. Some of them run for hours, so it must come to light before anything is measured or
+written.
 """
 import json
 import re
@@ -14,15 +14,13 @@ from bench import ablations, choose, gpu, order, spec_bench, speed
 from models import make_stories, own_answers
 from support.program import run_program
 
-TALK = [{
-    "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
-}]
+TALK = json.dumps([{"conversations": [{"from": "human", "value": "Why?"},
+                                      {"from": "gpt", "value": "Because."}]}])
 FILES = {
     "prompts.txt": "Once upon a time\nOne day\n", "empty.txt": "\n", "binary.txt": b"\xff\xfe\x00",
     "plain.txt": "Some text.", "bad.jsonl": '{"prompt": "a"}\n{"prompt": \n',
     "turns.jsonl": '{"turns": 5}', "half.jsonl": json.dumps({"prompt": "a \ud83e"}),
-    "talk.json": json.dumps(TALK), "cut.json": json.dumps(TALK)[:-9]
-}
+    "talk.json": TALK, "cut.json": TALK[:-9]}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +36,10 @@ MODEL = "--model model --dtype float32 --device cpu "
 PROMPTS = MODEL + "--adapter model/adapter --new-tokens 4 --prompts "
 BOTH = [  # of bench/choose.py and bench/speed.py
     (PROMPTS + "nowhere.txt", ["nowhere.txt", "No such file"]),
-    (PROMPTS + "bad.jsonl", "bad.jsonl:2"), (PROMPTS + "turns.jsonl", "turns.jsonl:1"),
-    (PROMPTS + "half.jsonl", "half.jsonl:1"), (PROMPTS + "empty.txt", ["empty.txt", "0 prompts"]),
+    (PROMPTS + "bad.jsonl", "bad.jsonl:2"),
+    (PROMPTS + "turns.jsonl", "turns.jsonl:1"),
+    (PROMPTS + "half.jsonl", "half.jsonl:1"),
+    (PROMPTS + "empty.txt", ["empty.txt", "0 prompts"]),
     (PROMPTS + "prompts.txt --skip 2", ["prompts.txt", "2 prompts", "--skip"]),
     (PROMPTS + "binary.txt", ["binary.txt", "cannot be read"]),
     (PROMPTS + "prompts.txt --each 0", "--each 0"),
@@ -50,19 +50,23 @@ BOTH = [  # of bench/choose.py and bench/speed.py
     (PROMPTS + "prompts.txt --tree --width 8", "--width 8"),
     (PROMPTS + "prompts.txt --tree --width 999", "--width 999"),
     (PROMPTS + "prompts.txt --dtype int8", "--dtype int8"),
-    (PROMPTS + "prompts.txt --colour", "--colour"), ("--prompts prompts.txt", "--model")
-]
+    (PROMPTS + "prompts.txt --colour", "--colour"),
+    ("--prompts prompts.txt", "--model")]
 ANSWERS = MODEL + "--out own.jsonl --data "
 BENCH = MODEL + "--out results.json --questions "
 CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (choose, MODEL + "--prompts prompts.txt", "--adapter"),
     (choose, PROMPTS + "prompts.txt --adapter random --write", "random"),
     (speed, MODEL + "--prompts prompts.txt", ["--prompts", "--adapter"]),
-    (speed, MODEL + "--repeats 0", "--repeats 0"), (speed, MODEL + "--widths 8 0", "--widths 0"),
+    (speed, MODEL + "--repeats 0", "--repeats 0"),
+    (speed, MODEL + "--widths 8 0", "--widths 0"),
     (speed, MODEL + "--new-tokens 5000", "--new-tokens 5000"),
-    (order, "--prompts nowhere.txt", "nowhere.txt"), (order, "--model nowhere", "nowhere"),
-    (order, "--new-tokens 0", "--new-tokens 0"), (gpu, "--tiny --questions talk.json", "--model"),
-    (gpu, "--tiny --shapes 3B", "--shapes"), (gpu, "--repeats 0", "--repeats 0"),
+    (order, "--prompts nowhere.txt", "nowhere.txt"),
+    (order, "--model nowhere", "nowhere"),
+    (order, "--new-tokens 0", "--new-tokens 0"),
+    (gpu, "--tiny --questions talk.json", "--model"),
+    (gpu, "--tiny --shapes 3B", "--shapes"),
+    (gpu, "--repeats 0", "--repeats 0"),
     (spec_bench, BENCH + "prompts.txt", "--adapter"),
     (spec_bench, "--show done/checkpoint.pt", "checkpoint.pt"),
     (spec_bench, BENCH + "bad.jsonl --adapter model/adapter", "bad.jsonl:2"),
@@ -72,6 +76,7 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (ablations, BENCH + "prompts.txt", "--data"),
     (ablations, BENCH + "prompts.txt --data cut.json", "cut.json:1"),
     (ablations, BENCH + "prompts.txt --data talk.json --tokens 0", "--tokens 0"),
+    (ablations, BENCH + "prompts.txt --data talk.json --limit 0", "--limit 0"),
     (ablations, BENCH + "nowhere.txt --data talk.json --only nothing", "nowhere.txt"),
     (own_answers, ANSWERS + "nowhere.json", "nowhere.json"),
     (own_answers, ANSWERS + "cut.json", "cut.json:1"),
@@ -87,20 +92,22 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (make_stories, "--out new --resume", ["new/checkpoint.pt", "--resume"]),
     (make_stories, "--out prompts.txt", "prompts.txt"),
     (make_stories, "--out done", ["done/checkpoint.pt", "--resume"]),
-    (make_stories, "--out new --samples", "new/training.json")
-]
+    (make_stories, "--out new --samples", "new/training.json")]
+
+
+def status(program, line):
+    return run_program("program", partial(program.main, line.split()))
 
 
 @pytest.mark.parametrize("program, line, parts", CASES,
                          ids=[f"{case[0].__name__} {case[1]}" for case in CASES])
 def test_a_mistake_is_one_line(folder, monkeypatch, capsys, program, line, parts):
-    """Guards the other programs: a traceback, or a line that does not name the file or option, in
-    place of help."""
+    """Guards the other programs: a traceback in place of help, or a line without file or option."""
     monkeypatch.chdir(folder)
     (folder / "done").mkdir(exist_ok=True)
     (folder / "done" / "checkpoint.pt").touch()
     before = sorted(folder.rglob("*"))
-    assert run_program("program", partial(program.main, line.split())) == 2
+    assert status(program, line) == 2
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"program: [^\n]+\n", err), err
     assert all(part in err for part in ([parts] if isinstance(parts, str) else parts)), err
@@ -108,34 +115,44 @@ def test_a_mistake_is_one_line(folder, monkeypatch, capsys, program, line, parts
 
 
 def test_prompts_beyond_the_context_are_cut(folder, tmp_path, monkeypatch, capsys):
-    """Guards measurements: a prompt longer than the context has no room in the cache, and nothing
-    to take the median of."""
-    config = json.loads(
-        (folder / "model" / "config.json").read_text()) | {"max_position_embeddings": 64}
-    monkeypatch.chdir(folder)
+    """Guards measurements: a prompt longer than the context has no room in the cache.
+
+    And nothing to take the median of.
+    """
+    config = json.loads((folder / "model" / "config.json").read_text())
     for name in ("model", "model/adapter"):
         (tmp_path / name).mkdir()
         for file in (folder / name).glob("*.*"):
             (tmp_path / name / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    short = config | {"max_position_embeddings": 64}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(short))
     (tmp_path / "long.txt").write_text("Once upon a time " * 40)
     monkeypatch.chdir(tmp_path)
-    assert run_program("choose", partial(choose.main, (PROMPTS + "long.txt --skip 0").split())) == 0
-    assert run_program("speed", partial(speed.main,
-                                        (PROMPTS + "long.txt --repeats 1").split())) == 0
+    assert status(choose, PROMPTS + "long.txt --skip 0") == 0
+    assert status(speed, PROMPTS + "long.txt --repeats 1") == 0
     assert "1 of   1" in capsys.readouterr().out
 
 
-def test_choose_writes_what_it_found_best(folder, tmp_path, monkeypatch, capsys):
+def test_choose_writes_what_it_found_best(folder, monkeypatch, capsys):
     """Guards --write: other settings than those printed, or the rest of config.json lost."""
     monkeypatch.chdir(folder)
     path = folder / "model" / "adapter" / "config.json"
     before = path.read_text()
-    assert run_program("choose",
-                       partial(choose.main,
-                               (PROMPTS + "prompts.txt --skip 0 --write").split())) == 0
+    assert status(choose, PROMPTS + "prompts.txt --skip 0 --write") == 0
     steps, threshold = re.search(r"best: γ (\d), η ([\d.]+)", capsys.readouterr().out).groups()
-    assert json.loads(path.read_text()) == json.loads(before) | {
-        "steps": int(steps), "threshold": float(threshold)
-    }
+    found = {"steps": int(steps), "threshold": float(threshold)}
+    assert json.loads(path.read_text()) == json.loads(before) | found
     path.write_text(before)
+
+
+def test_order_decodes_the_prompts_of_a_file(folder, monkeypatch, capsys):
+    """Bugs: the file's questions taken for texts; the usual attention left on for the next dtype.
+
+    In order of position no row may differ.
+    """
+    monkeypatch.chdir(folder)
+    line = "--model model --adapter model/adapter --new-tokens 4 --prompts prompts.txt"
+    assert status(order, line) == 0
+    out, err = capsys.readouterr()
+    assert len(re.findall(r"in order of position  +0 of 8 rows", out)) == 2
+    assert len(re.findall(r"in order of slot", out)) == 2 and "warning" not in err

@@ -1,0 +1,316 @@
+"""What the programs here share: flags, questions, results files, timing, walking through drafts.
+
+    flags -> questions -> support.decoder.load -> decode, or drafts_everywhere and walk -> tables
+
+The programs do not import each other. None prepares a model itself: `support.decoder.load` does.
+"""
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
+import torch
+
+from kangaroo import generate
+from llama import CHAIN_WIDTH, KVCache, Llama, Sampler, UserError, build, room_for_draft
+from support import command_line
+from support.checkpoint import read_json
+from support.data import json_turns
+from support.decoder import ADAPTED, Settings, load, timed
+from support.program import Parser
+from support.tokenizer import render_chat
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+NEEDED, ALL = object(), math.inf  # defaults: the flag must be given; every question
+SHARED = {
+    "--model": dict(type=Path, help="a Hugging Face folder"),
+    "--adapter": dict(type=Path, help="its adapter's folder, or random"),
+    "--prompts": dict(type=Path, help="a prompt a line, or Spec-Bench's JSONL"),
+    "--questions": dict(type=Path, help="Spec-Bench's JSONL, or a prompt a line"),
+    "--out": dict(type=Path, help="the results file; what it holds already is kept"),
+    "--each": dict(type=int, help="prompts of each category"),
+    "--limit": dict(type=int, help="questions of each subtask"),
+    "--skip": dict(type=int, help="after the first so many of each"),
+    "--new-tokens": dict(type=int, help="of an answer at most"),
+    "--longest": dict(type=int, help="of a longer prompt, only so many last tokens"),
+    "--dtype": dict(help="default: the command line's"),
+    "--device": dict(help="default: the command line's")}
+
+
+def parser_for(doc, **defaults):
+    """A parser whose help is a program's docstring, with these flags of SHARED."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, **SHARED[flag], **(
+            {"required": True} if default is NEEDED else {"default": default}))
+    return parser
+
+
+def refuse_tree_width(args):
+    if args.tree and not CHAIN_WIDTH < args.width <= KVCache.BLOCK:
+        raise UserError(f"--width {args.width}: must be above {CHAIN_WIDTH} and at most "
+                        f"{KVCache.BLOCK} for --tree")
+
+
+class Asked(NamedTuple):
+    """What options of kangaroo.py ask for, to decode one prompt after another with."""
+    decoder: object
+    drafter: str
+    settings: Settings
+    sampler: Sampler
+    new_tokens: int
+
+    def rounds(self, ids, drafter, width=None):
+        """As `Decoder.rounds`; drafter "kangaroo" is the tree if --tree was given."""
+        drafter = self.drafter if drafter == "kangaroo" else drafter
+        return self.decoder.rounds(ids, drafter, self.new_tokens, self.sampler, width,
+                                   self.settings)
+
+    def describe(self):
+        return self.decoder.describe(self.drafter, self.settings)
+
+
+def asked_for(args, options):
+    """The Asked of a model, an adapter and a list of further options of kangaroo.py."""
+    more = command_line.parse_arguments([
+        "--prompt", "-", "--model", str(args.model), "--adapter", str(args.adapter),
+        "--max-new-tokens", str(args.new_tokens), *options])
+    sampler = Sampler(more.temperature, more.top_k, more.top_p, more.seed)
+    decoder = load(more.model, more.adapter if more.drafter in ADAPTED else False, more.device,
+                   more.dtype, more.width, more.chat, more.exit_layer, more.tf32, more.compile,
+                   graphs=not more.no_graphs)
+    settings = decoder.settings(more.drafter, steps=more.steps, threshold=more.threshold,
+                                top_candidates=more.top_candidates, nodes=more.nodes)
+    return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions
+
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem",
+            "humanities")
+
+
+class Question(NamedTuple):
+    line: int      # of the file
+    category: str  # Spec-Bench's subtask; "prompts" in other files
+    turns: list    # what the user says, turn by turn
+
+
+def pick(path, each=ALL, skip=0):
+    """[Question]: `each` of each category, after the first `skip`.
+
+    The file is one of prompts, or of Spec-Bench's questions.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    taken, seen = [], Counter()
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        turns, category = [line], "prompts"
+        if line.startswith("{"):
+            turns = json_turns(line, f"{path}:{i}")
+            category = str(json.loads(line).get("category", category))
+        category = "mt_bench" if category in MT_BENCH else category
+        seen[category] += 1
+        if skip < seen[category] <= skip + each:
+            taken.append(Question(i, category, turns))
+    if not taken:
+        raise UserError(f"{path}: of its {seen.total()} prompts, after the first {skip} of each "
+                        "category, none is left (--skip)")
+    return taken
+
+
+def ids_of(decoder, question, longest):
+    """The ids of a first turn; of one that is too long the last ones, with room for one more."""
+    longest = min(longest, decoder.model.config.max_position_embeddings - 1)
+    return decoder.tokenizer.encode(render_chat(decoder.template, question.turns[:1]))[-longest:]
+
+
+# --------------------------------------------------------------------------------------------------
+# The machine, and results files
+
+def processor():
+    """The CPU's own name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def machine():
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def software():
+    return f"Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def weights_of(model):
+    """The parameters of a model, without memory: a packed one has given its own away."""
+    return list(build(Llama, model.config, "meta", model.norm.weight.dtype).parameters())
+
+
+def results_of(path, settings, **empty):
+    """The object in a results file, to go on with, or a new one.
+
+    UserError if it was made with other settings.
+    """
+    if not path.exists():
+        return {"settings": settings, **empty}
+    results = read_json(path)
+    made_with = results.get("settings", {})
+    for name, value in settings.items():
+        if made_with.get(name) != value:
+            raise UserError(f"--out {path}: was made with other settings ({made_with.get(name)}; "
+                            f"now {value}), give another file")
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# Timing and printing
+
+def stopwatch(function, *arguments):
+    """(what function(*arguments) returns, seconds that it took)"""
+    begin = time.perf_counter()
+    result = function(*arguments)
+    return result, time.perf_counter() - begin
+
+
+def rotated(items, first):
+    """All items, beginning with another one each time: nobody is always first."""
+    items, first = list(items), first % len(items)
+    return items[first:] + items[:first]
+
+
+def progress(items, before=""):
+    """Each of a list of items; on standard error how many are done."""
+    for i, item in enumerate(items, 1):
+        yield item
+        print(f"\r{before}{i}/{len(items)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def line(label, cells, width):
+    """A line of a table: its label, then cells of one width."""
+    return label + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoding, and walking through drafts on paper
+
+class Decoded(NamedTuple):
+    rounds: tuple
+    seconds: tuple  # of each round; the prompt's are in the first
+    drafting: list  # of these, the drafter's
+
+    @property
+    def tokens(self):
+        return [token for round_ in self.rounds for token in round_.tokens]
+
+    @property
+    def step(self):
+        """Median seconds of a draft step; of a tree that is a level."""
+        return statistics.median(seconds / (1 + max(r.draft.depth()))
+                                 for r, seconds in zip(self.rounds, self.drafting))
+
+    @property
+    def rest(self):
+        """Median seconds of the rest of a round."""
+        rest = [a - b for a, b in zip(self.seconds, self.drafting)]
+        return statistics.median(rest[1:] or [0.0])
+
+
+def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width=None):
+    """Decode as `Decoder.rounds` does, with a clock in the drafter."""
+    settings, drafting = settings or decoder.settings(drafter), []
+    drafter = decoder.drafter(drafter, sampler, settings)
+    draft = drafter.draft
+
+    def watched(*arguments):
+        result, seconds = stopwatch(draft, *arguments)
+        drafting.append(seconds)
+        return result
+
+    drafter.draft = watched
+    rounds = generate(decoder.model, drafter, ids, new_tokens, settings.steps, sampler,
+                      decoder.model.config.eos_token_ids, width or decoder.width)
+    return Decoded(*zip(*timed(rounds)), drafting)
+
+
+# The pairs of γ and η that are walked through.
+STEPS = 1, 2, 3, 4, 5, 6, 7
+THRESHOLDS = 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
+
+
+@torch.inference_mode()
+def drafts_everywhere(decoder, ids, output, sampler=None):
+    """[(tokens, confidence)] of the longest drafts, one for each token of the output.
+
+    The first is drafted from the prompt, the next ones from what the output adds to it.
+    """
+    width = decoder.width
+    drafter = decoder.drafter("kangaroo", sampler, Settings(max(STEPS), 0.0))
+    cache = decoder.model.new_cache(len(ids) + len(output) + width)
+    drafter.prefill(ids[:-1], cache)
+    drafts = []
+    for i in range(len(output)):
+        n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, width))
+        draft = drafter.draft(ids + output[:i], n_max, cache)
+        drafts.append((draft.tokens, draft.confidence))
+    return drafts
+
+
+def walk(drafts, output, left, steps, threshold):
+    """[(tokens drafted, tokens accepted)] of the rounds that γ = steps and η = threshold come to.
+
+    `left`: the most tokens.
+    """
+    rounds, done = [], 0
+    while done < len(output):
+        tokens, confidence = drafts[done]
+        n = min(steps, left - done - 1, len(tokens))
+        n = next((k + 1 for k in range(n) if confidence[k] <= threshold), n)
+        wrong = (k for k in range(n) if done + k >= len(output) or tokens[k] != output[done + k])
+        accepted = next(wrong, n)
+        rounds.append((n, accepted))
+        done += accepted + 1
+    return rounds
+
+
+def counted(output, rounds):
+    """(tokens, rounds, tokens drafted)"""
+    return len(output), len(rounds), sum(drafted for drafted, _ in rounds)
+
+
+def summed(tables):
+    """One table of the sums of several: {key: tuple of numbers}."""
+    return {key: tuple(map(sum, zip(*(table[key] for table in tables)))) for key in tables[0]}
+
+
+def reckoned(counts, step, draft, verify):
+    """The speedup that (tokens, rounds, tokens drafted) come to.
+
+    The seconds are those of a vanilla step, a draft step and a verification. A round runs the
+    shallow layers once more than it drafts; `draft` is the mean over these.
+    """
+    tokens, rounds, drafted = counts
+    return tokens * step / (rounds * (verify + draft) + drafted * draft)
