@@ -251,7 +251,7 @@ def print_table(name, vanilla, categories, figures):
 
 
 def print_rounds(name, total, vanilla):
-    """A line: tokens drafted and accepted, and what drafting costs. Sums of the method, of vanilla."""
+    """A line: tokens drafted and accepted, and what drafting costs beside a step of its vanilla."""
     print(f"{name}: {total['drafted'] / total['rounds']:.2f} tokens drafted a round, "
           f"{total['accepted'] / max(1, total['drafted']):.0%} of them accepted, "
           f"{total['drafting'] / total['seconds']:.0%} of its time drafting, "
