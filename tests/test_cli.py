@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_file, write_adapter, write_model
+from helpers import PROFILE, save_file, write_adapter, write_model
 from safetensors.torch import load_file
 
 import kangaroo
@@ -819,6 +819,18 @@ def test_a_pipe_closed_before_the_summary_ends_quietly(cli, monkeypatch):
     monkeypatch.setattr(command_line, "summary", lambda results: os.close(reader) or "summary")
     monkeypatch.setattr(sys, "stdout", open(writer, "w", encoding="utf-8"))
     assert cli("--max-new-tokens", 2)[0] == 141
+
+
+@pytest.mark.skipif(PROFILE != "thorough", reason="a minute: HYPOTHESIS_PROFILE=thorough")
+def test_fresh_processes_agree(model):
+    """One seed, one text, in as many processes at once as the machine is too small for: memory that
+    is not initialised, a race, a hash that differs from process to process."""
+    texts, words = set(), arguments(model, PROMPT, ["--json", *SAMPLED])
+    command = [sys.executable, SCRIPT, *words]
+    for _ in range(13):
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+        texts |= {str(json.loads(p.communicate(timeout=120)[0])["ids"]) for p in processes}
+    assert len(texts) == 1
 
 
 def test_runs_from_another_directory(model, tmp_path):

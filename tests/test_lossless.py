@@ -26,7 +26,14 @@ from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
 from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
-from llama import KVCache, Sampler, one_shape, room_for_draft, rows_are_alike
+from llama import (
+    KVCache,
+    Sampler,
+    generate_naive,
+    one_shape,
+    room_for_draft,
+    rows_are_alike,
+)
 
 
 class RandomDrafter(NoDrafter):
@@ -212,3 +219,57 @@ def test_the_self_check_passes_here_and_can_fail(device, dtype, monkeypatch):
 
     monkeypatch.setattr(layer_type, "forward", by_index)
     assert not rows_are_alike(model, 8)
+
+
+@pytest.mark.parametrize("kind", ["noisy", "lookup"])
+def test_prompts_of_any_length(kind, monkeypatch):
+    """Prefill around every edge of a chunk and of a view: rows left out, doubled or misplaced."""
+    monkeypatch.setattr("kangaroo.PREFILL_ROWS", 16)
+    model, source = random_model(TINY, 2), random.Random(2)
+    with block(16):
+        for length in [*range(1, 20), *range(30, 35), *range(46, 51)]:
+            prompt = [source.randrange(40) for _ in range(length)]
+            vanilla = decode(model, NoDrafter(model), prompt, 4, width=8)
+            drafter = make_drafter(kind, model, 1, 0, Sampler(), 8)
+            drafted = decode(model, drafter, prompt, 4, garbage=7e3, width=8)
+            assert_equal_bits(model, prompt, vanilla, drafted)
+            assert vanilla[0] == generate_naive(model, prompt, 4, Sampler())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads):
+    """Threads divide a sum among them: at each number of them, the bits of vanilla at that one."""
+    config = replace(TINY, hidden_size=320, intermediate_size=768, num_attention_heads=10,
+                     num_key_value_heads=5, head_dim=32, num_hidden_layers=2, vocab_size=2000)
+    torch.set_num_threads(threads)  # the module's fixture puts it back
+    try:
+        model = random_model(config, 5, packed_for=8)
+        vanilla = decode(model, NoDrafter(model), [1, 2, 3], 40, width=8)
+        drafter = make_drafter("noisy", model, 1, 0, Sampler(), 8)
+        drafted = decode(model, drafter, [1, 2, 3], 40, steps=7, width=8)
+        assert_equal_bits(model, [1, 2, 3], vanilla, drafted)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_an_adapter_with_a_shorter_context():
+    """The adapter's own max_position_embeddings is no limit: its cache is as long as the text."""
+    model = random_model(TINY, 1)
+    adapter = random_adapter(model)
+    adapter.config = replace(adapter.config, max_position_embeddings=8)
+    vanilla = decode(model, NoDrafter(model), [1, 2, 3], 90, width=8)
+    drafted = decode(model, KangarooDrafter(model, adapter, 1, 0), [1, 2, 3], 90, width=8)
+    assert_equal_bits(model, [1, 2, 3], vanilla, drafted)
+    assert len(vanilla[0]) == 90
+
+
+def test_an_end_of_sequence_within_an_accepted_draft():
+    """It ends the text there, in the middle of what was accepted; what follows is not committed."""
+    model = random_model(TINY, 3)
+    ids = decode(model, NoDrafter(model), [1], 8, width=8)[0]
+    eos = ids[2]
+    rounds = decode(model, make_drafter("perfect", model, 1, 0, Sampler(), 8), [1], 8, width=8,
+                    eos={eos})[3]
+    n = ids.index(eos) + 1
+    assert rounds[0].tokens == ids[:n] and rounds[0].accepted == n and len(rounds) == 1
+    assert len(rounds[0].draft.tokens) > n

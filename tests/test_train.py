@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    PROFILE,
     TEXT,
     TINY,
     one_thread,  # noqa: F401
@@ -644,6 +645,40 @@ def test_two_processes_train_the_same_adapter(train, folder, tmp_path):
     for name, weight in one["weights"].items():
         assert torch.allclose(weight, two["weights"][name], rtol=1e-3, atol=1e-5), name
     assert [line["step"] for line in log_of(tmp_path / "two")[0]] == [*range(1, 7)]
+
+
+STOPPED = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+import train_adapter
+save = train_adapter.save_checkpoint
+
+def save_and_die(path, module, optimizers, state):
+    save(path, module, optimizers, state)
+    if state["step"] == 10:
+        os._exit(9)
+
+train_adapter.save_checkpoint = save_and_die
+sys.exit(train_adapter.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(PROFILE != "thorough", reason="half a minute: HYPOTHESIS_PROFILE=thorough")
+def test_two_processes_resume_in_a_later_epoch(folder, tmp_path):
+    """Guards --resume: another order of documents in the second epoch, another batch for each
+    process, a pass begun anew."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    args = ["--updates", 14, "--batches", 2, "--batch-tokens", 300, "--passes", 3, "--window", 6,
+            "--save-every", 5]
+    assert torchrun(words(folder, tmp_path / "one go", *args))[0] == 0
+    out = words(folder, tmp_path / "out", *args)
+    assert torchrun(out, script=tmp_path / "stopped.py")[0] != 0
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 10 and state["window"] > 0
+    status, errors = torchrun([*out, "--resume"])
+    assert status == 0, errors
+    assert same_weights(tmp_path / "out", tmp_path / "one go")
 
 
 def test_if_one_process_fails_all_end(folder, tmp_path):
