@@ -119,12 +119,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         choices = sampler.choose(logits, start + 1, draft.depth())  # the target's, after each node
         top = logits.gather(1, choices[:, None])[:, 0]  # NaN and infinity win every comparison
         choices, finite = torch.stack((choices, top.isfinite())).tolist()  # one host sync
-        if not all(finite):
-            raise UserError(f"NaN or infinite values come out of {find_nonfinite(model, ids)}: "
-                            f"damaged weights, or too large for {logits.dtype} (see --dtype)")
-        if not all(map(math.isfinite, draft.confidence)):  # it would draft, only badly
-            raise UserError(f"{drafter.source}: what it drafts with is not finite: damaged "
-                            f"weights, or too large for {logits.dtype} (see --dtype)")
+        refuse_nonfinite(all(finite), model, ids, drafter, draft)
         # Accept: from the root down, the child that proposes what the target itself says.
         path, node = [], 0
         while node := draft.child(node, choices[node]):
@@ -138,6 +133,16 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         yield Round(new, path[:len(new)], draft)
         if new[-1] in eos:
             return
+
+
+def refuse_nonfinite(finite, model, ids, drafter, draft):
+    """UserError naming whose NaN or infinity it is: the target's, whose text would be nonsense, or
+    the drafter's, which would draft in vain."""
+    why = f"damaged weights, or too large for {draft.hidden.dtype} (see --dtype)"
+    if not finite:
+        raise UserError(f"NaN or infinite values come out of {find_nonfinite(model, ids)}: {why}")
+    if not all(map(math.isfinite, draft.confidence)):
+        raise UserError(f"{drafter.source}: what it drafts with is not finite: {why}")
 
 
 def in_chunks(run, x, cache):
