@@ -14,8 +14,8 @@ from helpers import DTYPES, TINY, config_json, random_model, save, save_file
 
 import llama
 from kangaroo import NoDrafter, generate
-from llama import Linear, LlamaConfig, UserError, inverse_frequencies, pack
-from support.checkpoint import load_llama, named_weights
+from llama import Linear, UserError, inverse_frequencies, pack
+from support.checkpoint import load_llama, named_weights, read_config
 
 ABSENT = object()
 LLAMA3 = {
@@ -31,7 +31,7 @@ can_pack = pytest.mark.skipif(
 # config.json
 
 def load_config(folder, changes, generation=ABSENT):
-    """LlamaConfig.load of TINY's config.json with these changes, and of generation_config.json
+    """The LlamaConfig of TINY's config.json with these changes, and of generation_config.json
     unless it is ABSENT."""
     data = config_json(TINY) | changes
     folder.joinpath("config.json").write_text(
@@ -40,7 +40,7 @@ def load_config(folder, changes, generation=ABSENT):
                     if v is not ABSENT}))
     if generation is not ABSENT:
         folder.joinpath("generation_config.json").write_text(json.dumps(generation))
-    return LlamaConfig.load(folder)
+    return read_config(folder)
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -138,7 +138,7 @@ def test_config_files_that_are_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        LlamaConfig.load(tmp_path)
+        read_config(tmp_path)
     assert f"{path}: " in str(error.value)
 
 
@@ -277,7 +277,7 @@ def test_a_missing_folder_is_refused(tmp_path):
 PEAK = """
 import sys
 import torch
-from llama import load_llama
+from support.checkpoint import load_llama
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 load_llama(sys.argv[1], dtype=torch.bfloat16)  # a tiny one: what PyTorch imports on the way is not the weights' memory
