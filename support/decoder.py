@@ -19,7 +19,7 @@ import torch
 from drafters.lookup import PromptLookupDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
-from llama import CHAIN_WIDTH, KVCache, Sampler, UserError, pack, rows_are_alike
+from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
 from support.checkpoint import load_adapter, load_llama, read_config
 from support.graphs import (
     GraphedAdapter,

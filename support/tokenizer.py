@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
-from llama import UserError, read_json
+from llama import UserError
+from support.checkpoint import read_json
 
 
 class ChatTemplate(NamedTuple):
