@@ -109,13 +109,13 @@ def miniature():
                      rope_theta=10000.0)  # their adapter knows no other RoPE
     adapter, generator = build(Adapter, config, "cpu", torch.float32), torch.Generator()
     generator.manual_seed(0)
-    for module, scale in ((model, 0.25), (adapter, 0.1)):
+    for module, scale in ((model, 0.03), (adapter, 0.1)):
         for name, weight in named_weights(module).items():
             noise = torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
             weight.copy_(noise if weight.dim() > 1 else torch.ones_like(weight))
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.mul_(1 if name.startswith(("layers.0.", "layers.1.")) else scale)
-    model.lm_head.weight.mul_(4)  # sure enough for η to stop some drafts and not others
+    model.lm_head.weight.mul_(8)  # sure enough for η to stop some drafts and not others
     return model, adapter
 
 
