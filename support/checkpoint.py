@@ -291,7 +291,7 @@ def open_pickle(path, opened):
                 opened[path] = dict(torch.load(path, map_location="cpu", weights_only=True,
                                                mmap=zipfile.is_zipfile(path)))
         except Exception as e:  # torch.load raises whatever a damaged pickle leads it to
-            why = e.strerror if isinstance(e, OSError) else type(e).__name__
+            why = getattr(e, "strerror", None) or type(e).__name__
             raise UserError(f"{path}: missing, truncated or holds more than tensors "
                             f"({why})") from None
         for name, t in opened[path].items():
