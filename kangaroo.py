@@ -99,14 +99,15 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
 
     prompt is a list of at least one token id; `steps` is γ, the most tokens drafted in a round.
     With any drafter, γ and exit layer the tokens are those of NoDrafter for the same width. Host
-    syncs: one a round, one a drafted token. UserError if the model's logits are not finite.
+    syncs: one a round, one a drafted token. UserError if logits or confidences are not finite.
     """
     ids, n_layers, sampler = list(prompt), len(model.layers), sampler or Sampler()
     end = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
     cache = cache or model.new_cache(end + 2 * width)
     h = drafter.prefill(ids[:-1], cache)
     h = in_chunks(partial(model.run_layers, first=drafter.depth, last=n_layers), h, cache)
-    drafter.observe(h, ids[1:], list(range(1, h.shape[1])))
+    if len(ids) > 1:
+        drafter.observe(h, ids[1:], list(range(1, len(ids) - 1)))
     while len(ids) < end:
         start = len(ids) - 1  # the position of the last committed token, which has not been run yet
         n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width))
@@ -121,6 +122,9 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         if not all(finite):
             raise UserError(f"NaN or infinite values come out of {find_nonfinite(model, ids)}: "
                             f"damaged weights, or too large for {logits.dtype} (see --dtype)")
+        if not all(map(math.isfinite, draft.confidence)):  # it would draft, only badly
+            raise UserError(f"{drafter.source}: what it drafts with is not finite: damaged "
+                            f"weights, or too large for {logits.dtype} (see --dtype)")
         # Accept: from the root down, the child that proposes what the target itself says.
         path, node = [], 0
         while node := draft.child(node, choices[node]):
@@ -158,11 +162,12 @@ class NoDrafter:
     - `observe(hidden, choices, path)`: after each verification of n drafted tokens, hidden
       (1, 1 + n, hidden_size), the target's last states, before its final norm; choices, what the
       target says after each of these nodes; path, the accepted nodes. Committed are the choices
-      of node 0 and of the path. The prompt, but for its last token, comes first, as if accepted.
+      of node 0 and of the path. The prompt comes first, as a draft that was accepted whole.
 
     In `cache` it writes the rows of layers below `depth` alone. See docs/drafters.md.
     """
     depth = 0
+    source = "drafter"  # where its weights come from, for messages
 
     def __init__(self, model):
         self.model = model
@@ -187,7 +192,7 @@ class KangarooDrafter(NoDrafter):
     def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, sampler=None, width=WIDTH):
         super().__init__(model)
         self.adapter, self.depth, self.threshold = adapter, exit_layer, threshold
-        self.sampler, self.width = sampler or Sampler(), width
+        self.sampler, self.width, self.source = sampler or Sampler(), width, adapter.source
 
     def prefill(self, ids, cache):
         config = self.adapter.config
@@ -220,7 +225,7 @@ class KangarooDrafter(NoDrafter):
         logits, sure = self.predict(self.adapt(position))
         token = self.sampler.choose(logits, position)
         token, sure = torch.cat((token.double(), sure[:, 0].double())).tolist()  # one host sync
-        return int(token), self.checked(sure)
+        return int(token), sure
 
     def adapt(self, end):
         """Run the adapter on the positions < end that it has not seen; its state (1, hidden_size)
@@ -247,13 +252,6 @@ class KangarooDrafter(NoDrafter):
     def surest(self, probabilities):
         """(T, V) float32 -> the highest of each row (T, 1)."""
         return probabilities.max(-1, keepdim=True).values
-
-    def checked(self, sure):
-        """A confidence, if it is a number. An adapter full of NaN would draft, only badly."""
-        if math.isfinite(sure):
-            return sure
-        raise UserError(f"{self.adapter.source}: the adapter's output is not finite: damaged "
-                        f"weights, or too large for {self.states.dtype} (see --dtype)")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -436,19 +436,25 @@ class Sampler:
         self.noise = lru_cache(maxsize=64)(self.noise)  # drafter and verifier ask for the same
 
     def noise(self, position, vocab_size, device):
-        """Gumbel noise (vocab_size,) float32 of one position."""
+        """Gumbel noise (vocab_size,) float32 of one position, finite at both ends."""
         # The generator takes 32 bits of a seed.
         key = hashlib.blake2b(f"{self.seed} {position}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).float()
-        # −log(1 − u) keeps float32's full precision where it is small, where the winners are.
-        return to_device(-(-torch.log1p(-u)).log(), device)
+        # Multiples of 2⁻⁵³, below 1, and above 0 once clamped. In float32 some would round to 1.
+        u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).clamp_(min=2 ** -54)
+        # −log(1 − u) has full precision where it is small, where the winners are.
+        return to_device(-(-torch.log1p(-u)).log().float(), device)
 
     def scores(self, logits):
-        """logits (V,) -> float32 (V,): log p + a constant, −inf for what is excluded."""
+        """logits (V,) -> float32 (V,): log p + a constant, −inf for what is excluded.
+
+        top_k keeps exactly k tokens; top_p the fewest likeliest ones whose total reaches it, at
+        least one.
+        """
         scores = logits.float() / self.temperature
         if 0 < self.top_k < len(scores):
-            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -math.inf)
+            least = scores.topk(self.top_k).values[-1]
+            scores = scores.masked_fill(~largest(scores, least, self.top_k), -math.inf)
         if self.top_p < 1:
             probs = scores.softmax(-1)
             # Non-negative floats sort like their bits, and PyTorch sorts integers faster on a CPU.
@@ -457,7 +463,8 @@ class Sampler:
             if probs.is_cuda:  # it adds up in varying order, to which only integers are indifferent
                 total, limit = (ascending.double() * 2 ** 52).long(), int(limit * 2 ** 52)
             cut = (total.cumsum(-1) <= limit).sum().clamp(max=len(probs) - 1)
-            scores = scores.masked_fill(probs < ascending.gather(0, cut[None]), -math.inf)
+            least = ascending.gather(0, cut[None])
+            scores = scores.masked_fill(~largest(probs, least, len(probs) - cut), -math.inf)
         return scores
 
     def perturbed(self, logits, position, depth=None):
@@ -485,6 +492,13 @@ class Sampler:
             return self.choose(logits, position, depth)[:, None]
         best = self.perturbed(logits, position, depth).topk(k)
         return best.indices.masked_fill(best.values == -math.inf, -1)
+
+
+def largest(values, least, n):
+    """Which of values (V,) are the n largest, the least of which is given; of equals the first."""
+    equal = values == least
+    more = values > least
+    return more | equal & (equal.cumsum(-1) <= n - more.sum())
 
 
 # --------------------------------------------------------------------------------------------------

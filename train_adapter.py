@@ -316,7 +316,8 @@ class Training:
                                          made_with)
         if self.rank == 0:
             print(self.describe(dtype), file=sys.stderr)
-            trim_log(self.log, self.state["step"])
+            logged = trim_log(self.log, self.state["step"])
+            self.evaluated = max((r["step"] for r in logged if "held_out" in r), default=0)
             self.held_out = [self.target.states(*batch) for batch in self.held_batches]
             prompts = [prompt_of(document, self.tokenizer, self.template)
                        for document in self.tested[:args.eval_prompts]]
@@ -341,6 +342,7 @@ class Training:
         stream = updates(self.documents, args, self.encode, self.target,
                          (state["window"], state["update"]), self.rank, self.ranks)
         wrapped = DistributedDataParallel(self.adapter) if self.ranks > 1 else self.adapter
+        self.evaluate_if_due()  # a killed run may have saved, and not evaluated any more
         while state["step"] < args.updates:
             (state["window"], state["update"]), mine, tokens = next(stream)
             for group in self.optimizer.param_groups:
@@ -383,13 +385,18 @@ class Training:
             self.progress.report(step, figures, tokens)
             if step % args.save_every == 0 or done:
                 save_checkpoint(self.checkpoint, self.adapter, [self.optimizer], self.state)
-        if step % args.eval_every == 0 and not done:  # `finish` evaluates too
-            if self.rank == 0:
+        self.evaluate_if_due()
+
+    def evaluate_if_due(self):
+        step = self.state["step"]
+        if step and step % self.args.eval_every == 0 and step < self.args.updates:
+            if self.rank == 0 and self.evaluated < step:
                 self.evaluate()
             self.wait()
 
     def evaluate(self):
         """The held-out figures, reported."""
+        self.evaluated = self.state["step"]
         figures = evaluate(self.adapter, self.target, self.held_out, self.prompts, self.args)
         self.progress.write({"step": self.state["step"], "held_out": figures})
         shown = " · ".join(f"{name} {value:.3f}" for name, value in figures.items())

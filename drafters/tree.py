@@ -81,7 +81,7 @@ class TreeDrafter(KangarooDrafter):
         depth = [node.depth for node in rows]
         tokens = self.sampler.candidates(logits, start + 1, depth, sure.shape[1])
         drafted = torch.stack((tokens.double(), sure.double()), -1).tolist()  # one host sync
-        return [Node(int(token), parent, node.depth + 1, self.checked(p), node.product * p)
+        return [Node(int(token), parent, node.depth + 1, p, node.product * p)
                 for parent, (node, candidates) in enumerate(zip(rows, drafted), first)
                 for token, p in candidates if token >= 0]
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
-from kangaroo import STEPS, THRESHOLD, WIDTH
+from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
 from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
 from support.data import read_prompts
-from support.decoder import ADAPTED, DEFAULT_MODEL, DRAFTERS, load, timed
+from support.decoder import ADAPTED, DEFAULT_MODEL, DRAFTERS, load, seed_of, timed
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, write_page
 from support.tokenizer import CHAT_TEMPLATES
@@ -30,15 +30,14 @@ def make_parser():
     option, flag, greedy = options(parser), parser.add_argument, Sampler()
     option("--prompt", "TEXT", "the prompt; - reads standard input")
     option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
-           "`turns` (the first)")
+           "`turns`")
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
     option("--adapter", "DIR", "the adapter's folder, or `random` (default: the folder `adapter` "
            "in the model's)")
     option("--drafter", "NAME", "kangaroo, lookup, or none for vanilla decoding", "kangaroo")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
-    option("--steps", "γ", "the most tokens drafted in a round, below the width (default: the "
-           f"adapter's or {STEPS})", type=int)
+    option("--steps", "γ", f"the most tokens drafted in a round (default: the adapter's or {STEPS})", type=int)
     option("--threshold", "η", "stop drafting at this top-1 probability, 0 … 1 (default: the "
            f"adapter's or {THRESHOLD})", type=float)
     option("--temperature", "T", "0 is greedy", greedy.temperature, type=float)
@@ -46,6 +45,7 @@ def make_parser():
     option("--top-p", "P", "sample from the likeliest tokens of total probability P",
            greedy.top_p, type=float)
     option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
+    option("--samples", "N", "texts of each prompt; --json tells the seed of each", 1, type=int)
     option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model "
            "folder's, or none)")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is "
@@ -56,8 +56,7 @@ def make_parser():
          f"{TREE_THRESHOLD}")
     option("--top-candidates", "K", "the most children of a node of the tree (default: the "
            f"adapter's or {TOP_CANDIDATES})", type=int)
-    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or one less than "
-           "the width)", type=int)
+    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or the width − 1)", type=int)
     option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} "
            f"(default: {TREE_WIDTH}); 1 with --drafter none is the plain baseline", type=int)
     flag("--no-graphs", action="store_true",
@@ -88,6 +87,9 @@ def parse_arguments(argv):
              f"{', '.join(DRAFTING)}"),
             (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least "
              "1"),
+            (args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
+            (args.samples == 1 or args.temperature > 0,
+             f"--samples {args.samples}: greedy decoding has one text, give --temperature too"),
             (args.width >= 1, f"--width {args.width}: must be at least 1"),
             (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
             (trace is None or trace.parent.is_dir() and not trace.is_dir(),
@@ -128,6 +130,28 @@ def summary(results):
     return " · ".join(parts)
 
 
+def warning(results, decoder, drafter):
+    """What to say of a run in which almost nothing was accepted, else None.
+
+    A level of a tree counts as one drafted token.
+    """
+    if "trees" in results[0]:
+        trees = [Draft(tree["tokens"], None, parents=tree["parents"])
+                 for r in results for tree in r["trees"]]
+        drafted = sum(max(tree.depth()) for tree in trees)
+    else:
+        drafted = sum(sum(r["drafted"]) for r in results)
+    accepted = sum(sum(r["accepted"]) for r in results)
+    if drafted < 64 or accepted >= 0.03 * drafted:
+        return None
+    found = f"warning: of {drafted} drafted tokens {accepted} were accepted"
+    if drafter not in ADAPTED:
+        return f"{found}: this text does not suit --drafter {drafter}"
+    trained = decoder.facts.get("chat_template", "unknown")
+    return (f"{found}: check that the adapter {decoder.adapter.source} is trained, for this model, "
+            f"exit layer and chat template (trained with: {trained}, now: {decoder.chat})")
+
+
 def vanilla(decoder, ids, args, sampler):
     """What --compare adds to a result: vanilla decoding of the same prompt."""
     rounds = decoder.rounds(ids, "none", args.max_new_tokens, sampler)
@@ -142,7 +166,10 @@ def run(args):
     if args.trace and len(prompts) > 1:
         raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds "
                         f"{len(prompts)}")
-    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.trace and args.samples > 1:
+        raise UserError(f"--trace {args.trace}: replays one text, leave out --samples")
+    samplers = [[Sampler(args.temperature, args.top_k, args.top_p, seed_of(args.seed, i, j))
+                 for j in range(args.samples)] for i in range(len(prompts))]
     # The page wants to see each layer run, so --trace goes without graphs.
     decoder = load(args.model or DEFAULT_MODEL,
                    args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
@@ -161,27 +188,32 @@ def run(args):
         if text and not args.json:
             print(green + text + plain if drafted else text, end="", flush=True)
 
+    if args.compare:  # the first pass over a shape compiles kernels: nobody's fault
+        for drafter in (args.drafter, "none"):
+            list(decoder.rounds(all_ids[0], drafter, 8, samplers[0][0]))
+    todo = [(prompt, ids, j, sampler) for prompt, ids, row in zip(prompts, all_ids, samplers)
+            for j, sampler in enumerate(row)]
     results = []
-    for i, (prompt, ids) in enumerate(zip(prompts, all_ids)):
-        if args.compare and i == 0:  # the first pass over a shape compiles kernels: nobody's fault
-            for drafter in (args.drafter, "none"):
-                list(decoder.rounds(ids, drafter, 8, sampler))
+    for i, (prompt, ids, sample, sampler) in enumerate(todo):
         compared = vanilla(decoder, ids, args, sampler) if args.compare and i % 2 else {}
-        if not args.json and (decoder.chat == "none" or len(prompts) > 1):
+        if not args.json and (decoder.chat == "none" or len(todo) > 1):
             print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
         options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
                        show=show, **wanted)
         recorder = Recorder(decoder, prompt, ids, options) if args.trace else None
         result = recorder.decode() if recorder else decoder.generate(ids, **options)[1]
+        result |= {"sample": sample, "seed": sampler.seed}
         if args.compare:  # neither is always second
             result |= compared or vanilla(decoder, ids, args, sampler)
             result["identical"] = result["ids"] == result["vanilla_ids"]
-        last = i + 1 == len(prompts)
+        last = i + 1 == len(todo)
         print(json.dumps(result) if args.json else "" if last else "\n", flush=True)
         results.append(result)
         if recorder:
             write_page(args.trace, recorder.data(result))
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
+    if text := warning(results, decoder, args.drafter):
+        print(text, file=sys.stderr)
     return 0 if all(r.get("identical", True) for r in results) else 1
 
 

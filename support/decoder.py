@@ -9,6 +9,7 @@
 
 Nothing of the algorithm. Left out on purpose: several texts at once.
 """
+import hashlib
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -256,6 +257,17 @@ class Decoder:
                     put(stream.push(token), i < round_.accepted)
         put(stream.flush(), False)
         return result["text"], result
+
+
+def seed_of(seed, prompt, sample=0):
+    """The seed of a prompt's sample, both counted from 0: the texts of one run draw independently.
+
+    The first sample of the first prompt has `seed` itself, so a run of one text is as it was.
+    """
+    if prompt == sample == 0:
+        return seed
+    key = hashlib.blake2b(f"{seed} {prompt} {sample}".encode(), digest_size=6).digest()
+    return int.from_bytes(key, "little")
 
 
 def timed(iterator):

@@ -35,9 +35,10 @@ def exact_kernels(tf32=False):
     """The settings under which a kernel's result depends on its inputs and their shapes alone.
 
     Call before CUDA is used. `llama.rows_are_alike` checks on the device at hand what these are
-    for: that the rows of one call are treated alike. Not set: torch.use_deterministic_algorithms. Of what a step calls it
-    would change index_copy_ alone, into a sort and several kernels a layer; that one is exact here,
-    because no position is written twice. `Sampler.scores` needs it not either.
+    for: that the rows of one call are treated alike. Not set: torch.use_deterministic_algorithms.
+    Of what a step calls it would change index_copy_ alone, into a sort and several kernels a layer;
+    that one is exact here, because no position is written twice. `Sampler.scores` does not need it
+    either.
     """
     # cuBLAS may split a sum over workers, in an order that is fixed by the shape, the memory it may
     # use and nothing else, if that memory is one stream's own and of one size. This is the size

@@ -48,15 +48,15 @@ class Progress:
 
 
 def trim_log(path, step):
-    """Drop what a killed run logged after its last checkpoint."""
-    if not path.exists():
-        return
+    """Drop what a killed run logged after its last checkpoint; returns the records left."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(True):
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # the last line may be half written
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_atomically(path, "".join(kept).encode())
+            record = json.loads(line)
+            kept += [record] * (record["step"] <= step)
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
 
 
 def save_checkpoint(path, module, optimizers, state):

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-import replay
+
+from support import replay
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,6 +61,31 @@ def test_the_experiment_runs(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and all(
         re.search(r"n = 1 … 8: \[0(, \d+){7}\] of \d+ values differ$", line) for line in lines)
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_python_interface_of_the_readme(capsys):
+    """README's lines on use from Python, as they stand: they print the text and a compression
+    rate, and the ids are vanilla's."""
+    space = {}
+    exec(python_blocks("README.md")[0], space)
+    out = capsys.readouterr().out
+    assert "Once upon a time" in out
+    decoder, ids = space["decoder"], space["statistics"]["ids"]
+    vanilla = decoder.rounds(decoder.encode("Once upon a time"), "none", max_new_tokens=len(ids))
+    assert [token for r in vanilla for token in r.tokens] == ids
+
+
+def test_the_drafter_of_the_docs(capsys):
+    """docs/drafters.md: the worked drafter runs, gives vanilla's ids, in fewer rounds."""
+    space = {}
+    for block in python_blocks("docs/drafters.md"):
+        exec(block, space)
+    assert "identical to vanilla: True" in capsys.readouterr().out
+    assert len(space["rounds"]) < sum(len(r.tokens) for r in space["rounds"])
 
 
 def test_the_pictures_are_self_contained():

@@ -9,14 +9,16 @@ import subprocess
 from urllib.parse import unquote
 
 import pytest
-import replay
 from helpers import write_adapter, write_model
 
 import kangaroo
+from support import command_line, replay
+from support.decoder import load
 
 PROMPT = "Once </script><script>document.title = window.hacked = 1</script><!-- <b>upon & a time"
-CONFIDENT = ["--temperature",
-             5]  # the noise that drafter and target share decides: many drafted tokens are accepted
+# The noise that drafter and target share decides: many drafted tokens are accepted.
+CONFIDENT = ["--temperature", 5]
+OPTIONS = {"drafter": "kangaroo", "max_new_tokens": 40, "show": lambda text, drafted: None}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def run(model, tmp_path, capfd):
             "--model", folder, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40,
             "--prompt", prompt, "--json", "--trace", page, *args
         ]
-        status, (out, err) = kangaroo.main([str(word) for word in words]), capfd.readouterr()
+        status, (out, err) = command_line.main([str(word) for word in words]), capfd.readouterr()
         assert status == 0, err
         data = replay.read_page(page)
         summary = "{tokens} tokens in .* compression rate {compression_rate:.2f}".format(
@@ -164,10 +166,8 @@ def test_the_tree_is_the_run(run, name):
 def test_a_label_is_read_along_the_path(model):
     """Guards against a label read after the node before: a byte completes the character that its
     own path has begun."""
-    decoder = kangaroo.Decoder(
-        kangaroo.parse_arguments(
-            ["--model", str(model), "--tree", "--prompt", "a", "--device", "cpu"]))
-    recorder = replay.Recorder(decoder, "a", decoder.encode("a"))
+    decoder = load(model, device="cpu", width=16)
+    recorder = replay.Recorder(decoder, "a", decoder.encode("a"), OPTIONS | {"drafter": "tree"})
     tokens = [3 + byte
               for byte in (0xE2, 0xC4, 0x82, 0xA9, 0xAC)]  # the 256 bytes follow 3 special tokens
     recorder.read = [1, 2, 2, 16]
@@ -222,22 +222,15 @@ def test_why_a_tree_stopped(run):
 def test_recording_changes_nothing(run, model, capfd):
     """The same ids as without --trace, and no hook left behind."""
     _, result, page = run(*CONFIDENT)
-    kangaroo.main([
+    command_line.main([
         "--model",
         str(model), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40", "--prompt",
         PROMPT, "--json", *map(str, CONFIDENT)
     ])
     plain = json.loads(capfd.readouterr().out)
-    assert {k: v
-            for k, v in plain.items()
-            if k != "seconds"} == {k: v
-                                   for k, v in result.items()
-                                   if k != "seconds"}
-    args = kangaroo.parse_arguments(
-        ["--model",
-         str(model), "--device", "cpu", "--dtype", "float32", "--prompt", PROMPT])
-    decoder = kangaroo.Decoder(args)
-    replay.Recorder(decoder, PROMPT, decoder.encode(PROMPT)).decode(lambda text, drafted: None)
+    assert plain | {"seconds": 0} == result | {"seconds": 0}
+    decoder = load(model, device="cpu", dtype="float32")
+    replay.Recorder(decoder, PROMPT, decoder.encode(PROMPT), OPTIONS).decode()
     assert not any(m._forward_pre_hooks
                    for module in (decoder.model, decoder.adapter)
                    for m in module.modules())
@@ -273,7 +266,7 @@ def test_the_page_stands_alone():
 def test_refused_before_decoding(model, tmp_path, capfd, args, word):
     (tmp_path / "two").write_text("one\ntwo\n")
     args = [arg.format(two=tmp_path / "two", folder=tmp_path) for arg in args]
-    status = kangaroo.main(["--trace", str(tmp_path / "page.html"), "--model", str(model), *args])
+    status = command_line.main(["--trace", str(tmp_path / "page.html"), "--model", str(model), *args])
     out, err = capfd.readouterr()
     assert (status, out) == (2, "") and re.fullmatch(r"kangaroo\.py: --trace [^\n]+\n",
                                                      err) and word in err

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 import kangaroo
 import train_adapter
 from kangaroo import ADAPTERS, KangarooDrafter, generate
-from llama import KVCache, LlamaConfig
+from llama import KVCache, UserError
 from models import own_answers
-from support.checkpoint import load_adapter, load_llama
+from support import command_line
+from support.checkpoint import load_adapter, load_llama, read_config
 from support.data import (
     batches_of,
     document_of,
@@ -285,7 +286,7 @@ def tokenizer(folder):
     copied = shutil.copytree(folder / "model", folder / "special")
     added = {340 + i: {"content": token, "special": True} for i, token in enumerate(SPECIAL)}
     (copied / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    return Tokenizer(copied, replace(LlamaConfig.load(copied), vocab_size=352))
+    return Tokenizer(copied, replace(read_config(copied), vocab_size=352))
 
 
 EOS = 2, 341, 344  # </s>, <|im_end|>, <|eot_id|>
@@ -451,7 +452,7 @@ def test_a_document_is_on_one_side_everywhere(folder):
     assert 60 < held < 140
     path = folder / "many.txt"
     path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
-    rest, held = split(Namespace(data=[path, path], allow_truncated=False))
+    rest, held = split([path, path])
     assert held and not any(map(is_held_out, rest)) and all(map(
         is_held_out, held)) and len(rest) + len(held) == 1000
 
@@ -529,12 +530,12 @@ def test_a_killed_run_resumes_exactly(train, killed, resumable):
     assert not (resumable / "adapter.safetensors").exists()
     with open(resumable / "log.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
-    status, err = train(*LONG, "--resume")
+    status, err = train(*LONG, "--resume", "--eval-every", 1)
     assert status == 0, err
     assert same_weights(resumable, killed[0])
     updates, held_out = log_of(resumable)
     assert [line["step"] for line in updates] == [*range(1, 13)]
-    assert [line["step"] for line in held_out] == [*range(1, state["step"] + 1), 12]
+    assert [line["step"] for line in held_out] == [*range(1, 13)]  # none missing, none twice
     assert [line["loss"] for line in updates] == [line["loss"] for line in log_of(killed[0])[0]]
     assert not list(resumable.glob("*.tmp"))
 
@@ -605,7 +606,7 @@ def test_a_checkpoint_is_not_overwritten(refused, resumable):
                       (resumable / "log.jsonl").read_bytes())
 
 
-def torchrun(args):
+def torchrun(args, script=SCRIPT):
     """Run the script with torchrun, in two processes; returns its exit status and what each of them
     wrote to stderr."""
     with socket.socket() as s:
@@ -614,9 +615,10 @@ def torchrun(args):
     log = Path(args[args.index("--out") + 1]).with_name("ranks")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr",
-        "127.0.0.1", "--master-port", port, "--log-dir", log, "--redirects", "3", SCRIPT, *args
+        "127.0.0.1", "--master-port", port, "--log-dir", log, "--redirects", "3", script, *args
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+                        "PYTHONPATH": str(SCRIPT.parent)}
     status = subprocess.run(command, capture_output=True, timeout=120, env=env).returncode
     return status, [path.read_text() for path in sorted(log.rglob("stderr.log"))]
 
@@ -648,6 +650,56 @@ def test_if_one_process_fails_all_end(folder, tmp_path):
                          )  # or torchrun was faster
 
 
+SLOW = """
+import datetime, sys, time
+import torch
+torch.set_num_threads(1)
+import train_adapter
+train_adapter.TIMEOUT = datetime.timedelta(seconds=3)
+evaluate = train_adapter.evaluate
+train_adapter.evaluate = lambda *args: time.sleep(5) or evaluate(*args)
+sys.exit(train_adapter.main(sys.argv[1:]))
+"""
+
+
+def test_an_evaluation_may_outlast_the_timeout(folder, tmp_path):
+    """Guards several processes: the others wait in a collective while the first evaluates, whose
+    timeout then ends the run, with a traceback and without a checkpoint."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    args = words(folder, tmp_path / "out", "--updates", 2, "--eval-every", 1)
+    status, errors = torchrun(args, script=tmp_path / "slow.py")
+    assert status == 0, errors
+    assert (tmp_path / "out" / "adapter.safetensors").exists()
+    assert [line["step"] for line in log_of(tmp_path / "out")[1]] == [1, 2]
+
+
+def test_it_saves_before_it_evaluates(train, tmp_path, monkeypatch):
+    """Guards hours of training against an evaluation that fails."""
+    def fail(*args):
+        raise UserError("the evaluation fails")
+    monkeypatch.setattr(train_adapter, "evaluate", fail)
+    status, err = train("--updates", 3, "--eval-every", 2, "--save-every", 2)
+    assert status == 2 and err.endswith("the evaluation fails\n")
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:for .*no-op")
+def test_a_resumed_optimizer_counts_on_the_cpu(tmp_path):
+    """Guards a GPU against a sync for each weight in each update: AdamW's step counts there too if
+    the checkpoint is read to the device."""
+    module = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(3)).sum().backward()
+    optimizer.step()
+    train_adapter.save_checkpoint(tmp_path / "c.pt", module, [optimizer], {"options": {}})
+    module = torch.nn.Linear(3, 3, device="meta")  # stands in for a GPU
+    optimizer = torch.optim.AdamW(module.parameters())
+    train_adapter.load_checkpoint(tmp_path / "c.pt", module, [optimizer], {})
+    for state in optimizer.state.values():
+        assert state["step"].device.type == "cpu" and state["step"].item() == 1
+        assert state["exp_avg"].device.type == "meta"
+
+
 @pytest.mark.parametrize("rank", "01")
 @pytest.mark.parametrize("args, part", [(["--batches", 3], "--batches 3"),
                                         (["--max-length", 2], "--max-length 2"),
@@ -656,7 +708,8 @@ def test_all_processes_find_the_same_fault(train, monkeypatch, tmp_path, rank, a
     """Guards several processes: one that waits for another which has stopped, and says nothing."""
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(train_adapter.dist, "init_process_group", lambda backend: None)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(train_adapter.dist, name, lambda *args, **more: None)
     monkeypatch.setattr(train_adapter, "DistributedDataParallel", lambda adapter: adapter)
     status, err = train(*args)
     assert status == 2 and err.splitlines()[-1].startswith(
@@ -791,7 +844,7 @@ def adapter(request, folder):
 
 
 def decode(folder, adapter, *args):
-    return kangaroo.main([
+    return command_line.main([
         str(word) for word in [
             "--model", folder / "model", "--adapter", adapter, "--device", "cpu", "--dtype",
             "float32", "--prompt", TEXT[0], "--max-new-tokens", 40, "--chat", "zephyr", *args
@@ -981,7 +1034,7 @@ def test_an_interruption_says_how_to_go_on(train, monkeypatch):
     """Guards Ctrl-C: a traceback."""
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(train_adapter, "one_update", interrupt)
+    monkeypatch.setattr(train_adapter.Training, "one_update", interrupt)
     status, err = train()
     assert status == 130 and "Traceback" not in err and err.endswith(
         "interrupted, --resume goes on from the last checkpoint\n")

@@ -1,0 +1,79 @@
+"""The house: which room may use which, how wide a line is, and that each room is where it is said."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ["llama", "kangaroo", "drafters", "support", "train_adapter", "bench"]
+TOP = "models", "docs", "tests"  # on the top floor too
+# They need nothing of the algorithm, so what lies below their room may use them.
+SHARED = "support.checkpoint", "support.tokenizer", "support.chat"
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+         for folder in ("", "drafters", "support", "bench", "models", "docs")
+         for path in (ROOT / folder).glob("*.py")}
+
+
+def floor(module):
+    room = module.split(".")[0]
+    return len(FLOORS) - 1 if room in TOP else FLOORS.index(room)
+
+
+def imports(path):
+    """The modules of ours that a file imports when it is imported, or in a function."""
+    found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
+            continue  # what runs a file as a program is no part of what it is
+        for part in ast.walk(node):
+            if isinstance(part, ast.ImportFrom):
+                names = [part.module, *(f"{part.module}.{alias.name}" for alias in part.names)]
+            elif isinstance(part, ast.Import):
+                names = [alias.name for alias in part.names]
+            else:
+                continue
+            found |= {name for name in names if name in FILES}
+    return found
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_dependencies_run_one_way(module):
+    """llama ← kangaroo ← drafters ← support ← train_adapter ← bench, models, docs."""
+    for other in imports(FILES[module]):
+        allowed = floor(other) <= floor(module) or (other in SHARED and floor(module) > 0)
+        assert allowed, f"{module} imports {other}"
+
+
+def test_the_three_files_need_no_other_room():
+    """llama.py stands alone; kangaroo.py needs llama.py and nothing else of ours."""
+    assert imports(FILES["llama"]) == set() and imports(FILES["kangaroo"]) == {"llama"}
+
+
+def test_programs_of_bench_share_one_module():
+    """What several programs measure with is in bench/common.py, not in one of them."""
+    for module in FILES:
+        if module.startswith("bench."):
+            assert {name for name in imports(FILES[module]) if name.startswith("bench.")} <= {
+                "bench.common"}, module
+
+
+def test_there_is_no_circle():
+    """No module imports itself, by whatever way."""
+    graph = {module: imports(path) for module, path in FILES.items()}
+
+    def visit(module, above):
+        assert module not in above, " -> ".join([*above, module])
+        for other in graph[module]:
+            visit(other, [*above, module])
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("path", [path for folder in (ROOT, *ROOT.iterdir()) if folder.is_dir()
+                                  for path in folder.glob("*.py")],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_line_has_100_columns(path):
+    """Two files side by side, a phone, a projector: longer lines are cut there."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert not [i for i, line in enumerate(lines, 1) if len(line) > 100]
