@@ -197,8 +197,8 @@ def run(args):
 def parse_arguments(argv):
     parser = Parser(prog="authors.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("checkout", "python", "model", "adapter", "prompts"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("--checkout", "--python", "--model", "--adapter", "--prompts"):
+        parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--limit", type=int, default=8, help="prompts (default: 8)")
     parser.add_argument("--new-tokens", type=int, default=80, help="of a text (default: 80)")
     args = parser.parse_args(argv)
