@@ -63,6 +63,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple = ()
+    sliding_window: int | None = None  # if this is what ends the context: max_position_embeddings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -338,7 +339,8 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.fingerprint = config, None  # what was loaded: see support/checkpoint.py
+        self.config = config
+        self.fingerprint = self.former_fingerprint = None  # see support/checkpoint.py
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

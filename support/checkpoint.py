@@ -1,6 +1,7 @@
 """Files in and out: Hugging Face model folders, adapters, atomic writing. UserError names the file.
 
-    config.json -> LlamaConfig     model.safetensors, shards -> Llama     adapter folder -> Adapter
+    config.json -> LlamaConfig     *.safetensors or pytorch_model*.bin -> Llama, its fingerprint
+    adapter folder -> Adapter
 
 Nothing of the algorithm. What a config.json asks for and `llama.py` does not do is refused by name.
 """
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import warnings
+import zipfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -67,12 +69,16 @@ def write_safetensors(path, tensors):
 
 # What llama.py does, in config.json's words. Any other value would give wrong tokens silently.
 IMPLEMENTED = {
-    "model_type": ("llama", "mistral"), "hidden_act": ("silu",), "attention_bias": (False,),
-    "mlp_bias": (False,), "sliding_window": (None,), "quantization_config": (None,),
-    "partial_rotary_factor": (None, 1.0),
+    "model_type": ("llama", "mistral"), "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None), "mlp_bias": (False, None), "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1.0, None),
 }
+LAYER_TYPES = "full_attention", "sliding_attention"
 ROPE_FIELDS = {"default": (), "linear": ("factor",), "llama3": (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+# Where transformers takes other values than a Llama's for fields that a config.json leaves out.
+DEFAULTS = {"mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072,
+                        "sliding_window": 4096}}
 
 
 def read_config(folder):
@@ -91,17 +97,23 @@ def read_config(folder):
             raise UserError(f"{path}: {name} = {value!r}, must be a positive {kind.__name__}")
         return kind(value)
 
+    refuse_quantised(path, data)
     rope = refuse_other_models(path, data)
+    for name, value in DEFAULTS.get(data["model_type"], {}).items():
+        data.setdefault(name, value)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     heads, hidden_size = number("num_attention_heads"), number("hidden_size")
+    # Vicuna-16k names in max_sequence_length how far its RoPE was stretched.
+    context = max(number("max_position_embeddings", 2048), number("max_sequence_length", 1))
+    window = number("sliding_window", context) if slides(path, data) else context
     config = LlamaConfig(
         hidden_size, number("intermediate_size"), number("num_hidden_layers"), heads,
         number("num_key_value_heads", heads), number("head_dim", hidden_size // heads),
-        number("vocab_size"), number("max_position_embeddings", 2048),
-        number("rms_norm_eps", 1e-6, float),
+        number("vocab_size"), min(context, window), number("rms_norm_eps", 1e-6, float),
         number("rope_theta", 10000.0, float, rope if "rope_theta" in rope else data), rope_type,
         tuple(number(name, kind=float, source=rope) for name in ROPE_FIELDS[rope_type]),
-        data.get("tie_word_embeddings") or False, data.get("bos_token_id"), eos_ids(folder))
+        data.get("tie_word_embeddings") or False, data.get("bos_token_id"), eos_ids(folder),
+        window if window < context else None)
     for fits, message in (
             (rope_type != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
              f"low_freq_factor = {rope.get('low_freq_factor')} must be below "
@@ -120,21 +132,55 @@ def read_config(folder):
     return config
 
 
+def refuse_quantised(path, data):
+    """UserError if config.json, or a file that GPTQ or AWQ put beside it, names a quantisation."""
+    found = [(f"{path}: {name}", data[name], "unnamed")
+             for name in ("quantization_config", "compression_config") if data.get(name)]
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if path.with_name(name).exists():
+            found.append((path.with_name(name), read_json(path.with_name(name)), method))
+    for where, settings, method in found:
+        method = settings.get("quant_method", method) if isinstance(settings, dict) else method
+        raise UserError(f"{where}: quantised weights (quant_method {method}) are not implemented, "
+                        "only float32, bfloat16 and float16")
+
+
 def refuse_other_models(path, data):
-    """UserError if a config.json asks for what `llama.py` does not do; returns RoPE's settings."""
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-    for name, values in IMPLEMENTED.items():
-        default = rope.get(name, values[0]) if isinstance(rope, dict) else values[0]
-        value = data.get(name, default)
-        if value not in values:
-            raise UserError(f"{path}: {name} = {value!r} is not implemented, only "
-                            f"{' or '.join(map(repr, values))}")
-    known = isinstance(rope, dict)
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if known else rope
-    if not known or not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
-        raise UserError(f"{path}: rope_scaling of type {rope_type!r} is not implemented, only "
+    """UserError if a config.json asks for what `llama.py` does not do; returns its RoPE settings.
+
+    Those are in rope_parameters, or before transformers 5 in rope_scaling; it reads that first.
+    """
+    name = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
+    rope = data.get(name) or {}
+    flat = isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values())
+    for field, values in IMPLEMENTED.items():
+        for value in (data.get(field, values[0]), (rope if flat else {}).get(field, values[0])):
+            if value not in values:
+                known = " or ".join(repr(v) for v in values if v is not None)
+                raise UserError(f"{path}: {field} = {value!r} is not implemented, only {known}")
+    if not flat:
+        raise UserError(f"{path}: {name} = {str(rope)[:60]} is not implemented, only an object "
+                        "that holds for all layers")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
+        raise UserError(f"{path}: {name} of type {rope_type!r} is not implemented, only "
                         f"{', '.join(ROPE_FIELDS)}")
     return rope
+
+
+def slides(path, data):
+    """Whether a row sees `sliding_window` positions only, itself among them.
+
+    Up to so many positions that is what every row sees anyway: there the context ends.
+    """
+    kinds = data.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind not in LAYER_TYPES for kind in kinds):
+        raise UserError(f"{path}: layer_types = {str(kinds)[:60]} is not implemented, only a list "
+                        f"of {' and '.join(LAYER_TYPES)}")
+    if data.get("sliding_window") is None and "sliding_attention" in kinds:
+        raise UserError(f"{path}: layer_types has sliding_attention, sliding_window must say of "
+                        "how many positions")
+    return data.get("use_sliding_window") is not False or "sliding_attention" in kinds
 
 
 def eos_ids(folder):
@@ -156,6 +202,7 @@ def config_json(config):
             "mlp_bias": False} | asdict(config)
     rope_type, values = data.pop("rope_type"), data.pop("rope_scaling")
     eos = data.pop("eos_token_ids")
+    del data["sliding_window"]  # read_config has put it into max_position_embeddings
     if rope_type != "default":
         fields = dict(zip(ROPE_FIELDS[rope_type], values))
         data["rope_scaling"] = {"rope_type": rope_type} | fields
@@ -180,7 +227,8 @@ def named_weights(module):
 def load_weights(module, tensors, source):
     """Fill `module` from {name: (shape, function that reads the tensor)}, one tensor at a time.
 
-    UserError lists missing, unexpected and misshapen names.
+    Returns {name: a sample of the tensor}, for `fingerprint`. UserError lists missing, unexpected
+    and misshapen names.
     """
     expected = named_weights(module)
     misshapen = [f"{name} {list(shape)} instead of {list(expected[name].shape)}"
@@ -192,13 +240,20 @@ def load_weights(module, tensors, source):
               for what, names in kinds if names]
     if faults:
         raise UserError(f"{source}: weights do not fit the config: {'; '.join(faults)}")
-    with torch.no_grad():
-        for name, (_, read) in tensors.items():
-            tensor = read()
-            if not tensor.is_floating_point():
-                raise UserError(f"{source}: {name} is {tensor.dtype}, quantised weights are not "
-                                "implemented")
-            expected[name].copy_(tensor)
+    return {name: fill(expected[name], read(), f"{source}: {name}")
+            for name, (_, read) in tensors.items()}
+
+
+@torch.no_grad()
+def fill(weight, tensor, name):
+    """Copy a file's tensor to where it belongs, and return a sample of it.
+
+    A function of its own, so that the tensor is let go before the next one's file is opened.
+    """
+    if not tensor.is_floating_point():
+        raise UserError(f"{name} is {tensor.dtype}, quantised weights are not implemented")
+    weight.copy_(tensor)
+    return sample(tensor)
 
 
 def read_tensor(path, name):
@@ -207,7 +262,7 @@ def read_tensor(path, name):
 
 
 def safetensors_entries(path):
-    """{name: (shape, function that reads the tensor)} of a safetensors file; nothing is read."""
+    """{name: (shape, function that reads it)} of a safetensors file's tensors; none is read yet."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: (file.get_slice(name).get_shape(), partial(read_tensor, path, name))
@@ -217,65 +272,123 @@ def safetensors_entries(path):
         raise UserError(message) from None
 
 
-def pickle_entries(path):
-    """The same of a file of torch.save, which may hold tensors and nothing else."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(name): (t.shape, lambda t=t: t) for name, t in state.items()}
-    except Exception as e:  # torch.load raises whatever a damaged pickle leads it to
-        raise UserError(f"{path}: damaged, or holds more than tensors "
-                        f"({type(e).__name__})") from None
+def pickle_entries(path, opened):
+    """The same of a file of torch.save, which may hold tensors and nothing else.
 
-
-def fingerprint(tensors):
-    """16 hex digits that tell one trained Llama from another: a digest of its norms' weights.
-
-    It is the same for a bfloat16 copy.
+    `opened` is a dict to keep the last file that was read in: one at a time is in memory.
     """
-    digest = hashlib.sha256()
-    for name in sorted(name for name in tensors if name.endswith("norm.weight")):
-        tensor = tensors[name][1]().bfloat16().contiguous()
-        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
-    return digest.hexdigest()[:16]
+    return {name: (tensor.shape, lambda name=name: open_pickle(path, opened)[name])
+            for name, tensor in open_pickle(path, opened).items()}
 
+
+def open_pickle(path, opened):
+    """{name: tensor} of a file of torch.save, mapped into memory if it is not of the old format."""
+    if path not in opened:
+        opened.clear()  # before the next one is read
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on pickle protocols
+                opened[path] = dict(torch.load(path, map_location="cpu", weights_only=True,
+                                               mmap=zipfile.is_zipfile(path)))
+        except Exception as e:  # torch.load raises whatever a damaged pickle leads it to
+            why = getattr(e, "strerror", None) or type(e).__name__
+            raise UserError(f"{path}: missing, truncated or holds more than tensors "
+                            f"({why})") from None
+        for name, t in opened[path].items():
+            if not (isinstance(name, str) and torch.is_tensor(t) and t.device.type == "cpu"
+                    and t.layout == torch.strided):
+                raise UserError(f"{path}: holds more than tensors: {str(name)[:60]!r} is "
+                                f"{type(t).__name__}")
+    return opened[path]
+
+
+# --------------------------------------------------------------------------------------------------
+# Which model is this?
+
+SAMPLE = 512  # numbers of a matrix; of a vector all
+
+
+def sample(tensor):
+    """About `SAMPLE` numbers from all over a weight, in bfloat16, the first among them."""
+    flat, n = tensor.detach().reshape(-1), tensor.numel()
+    # An odd stride meets every column of a matrix, for their number is mostly a power of two.
+    chosen = flat[::(n // SAMPLE | 1) if tensor.dim() > 1 else 1]
+    return chosen.to(torch.bfloat16, copy=True)  # a view would keep the file in memory
+
+
+def digest(tensors):
+    """16 hex digits of the bytes of tensors."""
+    result = hashlib.sha256()
+    for tensor in tensors:
+        result.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+    return result.hexdigest()[:16]
+
+
+def fingerprints(samples):
+    """(fingerprint, the one of former versions): tell one Llama from another, of {name: sample}.
+
+    Whatever file the weights are in and of whichever dtype: they go by way of bfloat16 to float16,
+    which is where two copies of one model, each rounded, meet. (A small bfloat16 number is rounded
+    again, or lost, in float16.) The former one knew the norms only, and not merged LoRA weights.
+    """
+    norms = [name for name in sorted(samples) if name.endswith("norm.weight")]
+    return (digest(samples[name].half() for name in sorted(samples)),
+            digest(samples[name] for name in norms))
+
+
+# --------------------------------------------------------------------------------------------------
+# Model folders
 
 def is_constant(name):
     return name.endswith("rotary_emb.inv_freq")  # old checkpoints store it
 
 
 def load_llama(folder, device="cpu", dtype=torch.float32):
-    """A Llama from a Hugging Face folder: config.json, and model.safetensors or its shards.
+    """A Llama from a Hugging Face folder: config.json, and the files that `weight_files` finds.
 
     Weights are cast to `dtype` one tensor at a time.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
-                        "*.safetensors")
+                        "*.safetensors or pytorch_model*.bin")
     model = build(Llama, read_config(folder), device, dtype)
-    tensors = {}
-    for shard in shards(folder):
+    tensors, opened = {}, {}
+    for path in weight_files(folder):
+        entries = (safetensors_entries(path) if path.suffix == ".safetensors" else
+                   pickle_entries(path, opened))
         tensors |= {name.removeprefix("model."): entry
-                    for name, entry in safetensors_entries(folder / shard).items()
-                    if not is_constant(name)}
+                    for name, entry in entries.items() if not is_constant(name)}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # some files store the tied matrix twice
-    load_weights(model, tensors, folder)
-    model.fingerprint = fingerprint(tensors)
+    samples = load_weights(model, tensors, folder)
+    model.fingerprint, model.former_fingerprint = fingerprints(samples)
     return model.eval()
 
 
-def shards(folder):
-    """The names of the files that a model's weights are in."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return ["model.safetensors"]
+def weight_files(folder):
+    """The paths of the files that a model's weights are in: safetensors, if there are such."""
+    looked_for = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, single = folder / f"{name}.index.json", folder / name
+        if index.exists():
+            return shards(index)
+        if single.exists():
+            return [single]
+        looked_for += [single.name, index.name]
+    raise UserError(f"{folder}: weights are missing, looked for {', '.join(looked_for)}")
+
+
+def shards(index):
+    """The paths of the files that an index names, which are in its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: has no weight_map")
-    return sorted({str(shard) for shard in weight_map.values()})
+    names = sorted({str(shard) for shard in weight_map.values()})
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{index}: {name} must be a file in the same folder")
+    return [index.parent / name for name in names]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,7 +412,7 @@ def load_adapter(folder, model, exit_layer=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --adapter wants one with config.json and "
-                        "adapter.safetensors")
+                        "adapter.safetensors or pytorch_model.bin")
     where, config = folder / "config.json", read_config(folder)
     data = read_json(where)
     refuse_misfit(folder, config, data, model)
@@ -338,7 +451,7 @@ def refuse_misfit(folder, config, data, model):
         ours, theirs = getattr(config, name), getattr(model.config, name)
         if ours != theirs:
             raise UserError(f"{folder}: the adapter has {name} = {ours}, the model {theirs}")
-    if data.get("target", model.fingerprint) != model.fingerprint:
+    if data.get("target", model.fingerprint) not in (model.fingerprint, model.former_fingerprint):
         raise UserError(f"{folder / 'config.json'}: trained for another model (fingerprint "
                         f"{data['target']}, this one has {model.fingerprint}); remove `target` to "
                         "use it all the same")
@@ -373,7 +486,7 @@ def adapter_entries(folder):
     if (folder / "adapter.safetensors").exists() or not (folder / "pytorch_model.bin").exists():
         entries = safetensors_entries(folder / "adapter.safetensors")
     else:
-        entries = pickle_entries(folder / "pytorch_model.bin")
+        entries = pickle_entries(folder / "pytorch_model.bin", {})
     return {name.removeprefix("layers.0."): entry for name, entry in entries.items()
             if not is_constant(name)}
 

@@ -74,7 +74,7 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     folder = Path(model)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
-                        "*.safetensors")
+                        "*.safetensors or pytorch_model*.bin")
     if not 1 <= width <= KVCache.BLOCK:
         raise UserError(f"--width {width}: must be from 1 to {KVCache.BLOCK}")
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
@@ -129,8 +129,10 @@ class Decoder:
         ids = self.tokenizer.encode(render_chat(self.template, turns))
         context = self.model.config.max_position_embeddings
         if not 0 < len(ids) < context:
+            limit = "sliding_window" if self.model.config.sliding_window else (
+                "max_position_embeddings")
             raise UserError(f"the prompt has {len(ids)} tokens, it must have from 1 to "
-                            f"{context - 1} (max_position_embeddings {context})")
+                            f"{context - 1} ({limit} {context})")
         return ids
 
     def settings(self, drafter="kangaroo", **wanted):
@@ -178,7 +180,10 @@ class Decoder:
                 text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
         else:
             text = f"drafter {drafter}"
-        return " · ".join([*parts, text, f"width {self.width}"]) + self.room
+        parts += [text, f"width {self.width}"]
+        if self.model.config.sliding_window:
+            parts.append(f"context {self.model.config.sliding_window} (sliding_window)")
+        return " · ".join(parts) + self.room
 
     def make_room(self, prompts, max_new_tokens):
         """Before decoding these lists of ids with graphs: room in the caches for the longest.

@@ -2,20 +2,40 @@
 that the weights arrive."""
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
+import tempfile
+import zipfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, TINY, config_json, random_model, save, save_file
+from helpers import (
+    DTYPES,
+    TINY,
+    config_json,
+    random_adapter,
+    random_model,
+    save_file,
+    write_adapter,
+    write_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+import kangaroo
 import llama
+import train_adapter
 from kangaroo import NoDrafter, generate
-from llama import Linear, LlamaConfig, UserError, inverse_frequencies, pack
-from support.checkpoint import load_llama, named_weights
+from llama import Linear, UserError, inverse_frequencies, pack
+from support import command_line
+from support.checkpoint import load_adapter, load_llama, named_weights, read_config
+from support.decoder import load
 
 ABSENT = object()
 LLAMA3 = {
@@ -31,7 +51,7 @@ can_pack = pytest.mark.skipif(
 # config.json
 
 def load_config(folder, changes, generation=ABSENT):
-    """LlamaConfig.load of TINY's config.json with these changes, and of generation_config.json
+    """The LlamaConfig of TINY's config.json with these changes, and of generation_config.json
     unless it is ABSENT."""
     data = config_json(TINY) | changes
     folder.joinpath("config.json").write_text(
@@ -40,7 +60,7 @@ def load_config(folder, changes, generation=ABSENT):
                     if v is not ABSENT}))
     if generation is not ABSENT:
         folder.joinpath("generation_config.json").write_text(json.dumps(generation))
-    return LlamaConfig.load(folder)
+    return read_config(folder)
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -69,7 +89,27 @@ def load_config(folder, changes, generation=ABSENT):
     }, {"rope_type": "linear", "rope_scaling": (2.0,), "rope_theta": 5e5}),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3, "rope_theta": ABSENT
       }, {"rope_type": "llama3", "rope_scaling": (8.0, 1.0, 4.0, 8192.0), "rope_theta": 5e5}),
+    ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": {"type": "linear", "factor": 2}
+      }, {"rope_type": "linear", "rope_scaling": (2.0,)}),
+    ({"hidden_act": "swish", "attention_bias": None, "mlp_bias": None}, {}),
+    ({"quantization_config": None}, {}),
+    ({"max_sequence_length": 4096}, {"max_position_embeddings": 4096}),
     ({"model_type": "mistral", "sliding_window": None}, {}),
+    ({"model_type": "mistral", "sliding_window": None, "num_key_value_heads": ABSENT,
+      "num_attention_heads": 16, "max_position_embeddings": ABSENT},
+     {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 131072}),
+    ({"model_type": "mistral", "max_position_embeddings": 32768},
+     {"max_position_embeddings": 4096, "sliding_window": 4096}),
+    ({"sliding_window": 4096}, {}),
+    ({"sliding_window": 1024}, {}),
+    ({"sliding_window": 1023}, {"max_position_embeddings": 1023, "sliding_window": 1023}),
+    ({"sliding_window": 64, "use_sliding_window": True},
+     {"max_position_embeddings": 64, "sliding_window": 64}),
+    ({"sliding_window": 64, "use_sliding_window": False}, {}),
+    ({"sliding_window": None, "layer_types": ["full_attention"] * 4}, {}),
+    ({"sliding_window": 64, "use_sliding_window": False, "layer_types": [
+        "sliding_attention", "full_attention"]},
+     {"max_position_embeddings": 64, "sliding_window": 64}),
     ({
         "hidden_act": ABSENT, "attention_bias": ABSENT, "mlp_bias": False,
         "partial_rotary_factor": 1.0
@@ -98,8 +138,17 @@ def test_eos_ids_are_those_of_both_files(tmp_path, generation, ids):
     "changes, field",
     [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
      ({"hidden_act": "gelu"}, "hidden_act"),
-     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-     ({"sliding_window": 4096}, "sliding_window"), ({"model_type": "gpt2"}, "model_type"),
+     ({"sliding_window": -1}, "sliding_window"), ({"sliding_window": "4k"}, "sliding_window"),
+     ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+     ({"layer_types": "full_attention"}, "layer_types"),
+     ({"layer_types": ["sliding_attention"]}, "sliding_window"),
+     ({"rope_interleaved": True}, "rope_interleaved"), ({"model_type": "gpt2"}, "model_type"),
+     ({"model_type": ["llama"]}, "model_type"),
+     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+      "partial_rotary_factor"),
+     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+     ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope"),
      ({"model_type": ABSENT}, "model_type"),
      ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
      ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
@@ -130,6 +179,49 @@ def test_the_file_at_fault_is_named(tmp_path):
         load_config(tmp_path, {}, {"eos_token_id": "</s>"})
 
 
+GPTQ = {"bits": 4, "group_size": 128, "desc_act": False}
+
+
+@pytest.mark.parametrize("name, data, words", [
+    ("config.json", {"quantization_config": GPTQ | {"quant_method": "gptq"}},
+     "quantization_config: quantised weights (quant_method gptq)"),
+    ("config.json", {"quantization_config": {"load_in_8bit": True}}, "quant_method unnamed"),
+    ("config.json", {"quantization_config": "int4"}, "quant_method unnamed"),
+    ("config.json", {"compression_config": {"quant_method": "sparseml"}}, "sparseml"),
+    ("quantize_config.json", GPTQ, "quantised weights (quant_method gptq)"),
+    ("quant_config.json", {"w_bit": 4}, "quantised weights (quant_method awq)")])
+def test_quantised_folders_are_refused_by_name(tmp_path, name, data, words):
+    """Guards against a GPTQ folder whose config.json is silent, refused only for names of weights
+    that tell a user nothing; and against a dictionary of settings as the message."""
+    (tmp_path / "quantize.json").write_text("a file of another name says nothing")
+    load_config(tmp_path, {})
+    if name == "config.json":
+        data = config_json(TINY) | data
+    (tmp_path / name).write_text(json.dumps(data))
+    with pytest.raises(UserError) as error:
+        read_config(tmp_path)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / name)) and words in message
+    assert "{" not in message and "only float32, bfloat16 and float16" in message
+
+
+def test_the_context_ends_where_a_window_would_slide(tmp_path):
+    """Guards against tokens computed with keys that a Mistral's window has dropped, a prompt that
+    is refused for a field with another value, and an end that nobody was told of."""
+    config = write_model(tmp_path)
+    data = config_json(config) | {"model_type": "mistral", "sliding_window": 40}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    decoder = load(tmp_path, adapter="random", dtype="float32", device="cpu")
+    assert decoder.describe().endswith(" · width 8 · context 40 (sliding_window)")
+    decoder.model.config = replace(decoder.model.config, eos_token_ids=())
+    for drafter in ("kangaroo", "none"):
+        assert len(decoder.generate([1] * 30, drafter, 99)[1]["ids"]) == 10
+    with pytest.raises(UserError, match=r"must have from 1 to 39 \(sliding_window 40\)"):
+        decoder.encode("stones and hats " * 20)
+    (tmp_path / "config.json").write_text(json.dumps(data | {"sliding_window": None}))
+    assert "sliding" not in load(tmp_path, False, "cpu", "float32").describe("none")
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'"llama"', b"\xff\xfe{}", None],
                          ids=["cut", "list", "text", "binary", "none"])
 def test_config_files_that_are_refused(tmp_path, content):
@@ -138,7 +230,7 @@ def test_config_files_that_are_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        LlamaConfig.load(tmp_path)
+        read_config(tmp_path)
     assert f"{path}: " in str(error.value)
 
 
@@ -172,41 +264,75 @@ def file_tensors(config=TINY):
     }
 
 
-def write(folder, tensors, shards=1, config=TINY):
+FILES = {"safetensors": ("model", "safetensors"), "bin": ("pytorch_model", "bin"),
+         "old bin": ("pytorch_model", "bin")}  # the last: torch.save's format before 1.6
+
+
+def write_weights(tensors, path, kind):
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "bin")
+
+
+def write(folder, tensors, shards=1, config=TINY, kind="safetensors"):
     """A model folder with these tensors in one file, or dealt out to several with an index."""
+    stem, suffix = FILES[kind]
     folder.joinpath("config.json").write_text(json.dumps(config_json(config)))
     if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
+        write_weights(tensors, folder / f"{stem}.{suffix}", kind)
         return
-    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(tensors)}
+    weight_map = {name: f"{stem}-{i % shards}.{suffix}" for i, name in enumerate(tensors)}
     for shard in set(weight_map.values()):
-        save_file({name: tensor
-                   for name, tensor in tensors.items()
-                   if weight_map[name] == shard}, folder / shard)
-    folder.joinpath("model.safetensors.index.json").write_text(
+        write_weights({name: tensor
+                       for name, tensor in tensors.items()
+                       if weight_map[name] == shard}, folder / shard, kind)
+    folder.joinpath(f"{stem}.{suffix}.index.json").write_text(
         json.dumps({"weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shards", [1, 2])
-def test_every_weight_arrives(tmp_path, shards, dtype):
+@cache
+def bfloat16_tensors(config):
+    """Values that bfloat16 holds; some are too small for float16, or too large."""
+    tensors = {name: t.bfloat16().float() for name, t in file_tensors(config).items()}
+    tensors["model.layers.1.mlp.down_proj.weight"][:, ::2] *= 2.0 ** -20
+    tensors["model.layers.2.mlp.up_proj.weight"][3] *= 2.0 ** 18
+    return tensors
+
+
+@cache
+def only_fingerprint(config):
+    """Of these tensors in the plainest folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), bfloat16_tensors(config), config=config)
+        return load_llama(folder).fingerprint
+
+
+@settings(max_examples=60)
+@given(kind=st.sampled_from(list(FILES)), shards=st.integers(1, 3), stored=st.sampled_from(DTYPES),
+       dtype=st.sampled_from(DTYPES), tied=st.booleans(), twice=st.booleans(),
+       padding=st.sampled_from([0, 1, 24]), constants=st.booleans())
+def test_every_weight_arrives_from_every_kind_of_folder(kind, shards, stored, dtype, tied, twice,
+                                                        padding, constants):
     """Guards against a tensor in the wrong place, in the wrong order of a stack, of the wrong
-    dtype, or in no shard."""
-    tensors = file_tensors()
-    write(tmp_path, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
-          shards)
-    model = load_llama(tmp_path, dtype=dtype)
-    expected = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in tensors.items()}
+    dtype or in no shard; a tied head that is asked for, or overwritten by the copy that some files
+    hold; and against copies of one model that do not count as the same."""
+    config = replace(TINY, tie_word_embeddings=tied, vocab_size=TINY.vocab_size + padding)
+    tensors = {name: t.to(stored) for name, t in bfloat16_tensors(config).items()
+               if twice or not tied or name != "lm_head.weight"}
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)} if constants else {}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), tensors | inv_freq, shards, config, kind)
+        model = load_llama(folder, dtype=dtype)
     loaded = named_weights(model)
-    assert loaded.keys() == expected.keys()
-    assert all(loaded[name].dtype == dtype and torch.equal(loaded[name], expected[name])
-               for name in expected)
-    for i, layer in enumerate(model.layers):
-        for stack, names in ((layer.self_attn.qkv_proj, [
-                "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
-        ]), (layer.mlp.gate_up_proj, ["mlp.gate_proj", "mlp.up_proj"])):
-            assert torch.equal(stack.weight,
-                               torch.cat([expected[f"layers.{i}.{name}.weight"] for name in names]))
+    for name, tensor in tensors.items():
+        if name == "lm_head.weight" and tied:
+            name, tensor = "embed_tokens.weight", tensors["model.embed_tokens.weight"]
+            assert model.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
+        weight = loaded.pop(name.removeprefix("model."), None)
+        if weight is not None:
+            assert weight.dtype == dtype and torch.equal(weight, tensor.to(dtype)), name
+    assert not loaded and model.fingerprint == only_fingerprint(config)
 
 
 @pytest.mark.parametrize("stored_twice", [False, True])
@@ -224,14 +350,15 @@ def test_a_tied_head_is_the_embedding(tmp_path, stored_twice):
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
-def test_all_faults_of_the_weights_are_told_at_once(tmp_path):
+@pytest.mark.parametrize("kind", FILES)
+def test_all_faults_of_the_weights_are_told_at_once(tmp_path, kind):
     """Guards against mending a folder one error at a time, and against a weight that is silently
     left unset or cut."""
     tensors = file_tensors()
     del tensors["model.norm.weight"], tensors["lm_head.weight"]
     tensors["model.layers.4.mlp.up_proj.weight"] = torch.ones(48, 32)
     tensors["model.layers.1.mlp.down_proj.weight"] = torch.ones(32, 47)
-    write(tmp_path, tensors)
+    write(tmp_path, tensors, kind=kind)
     with pytest.raises(UserError) as error:
         load_llama(tmp_path)
     for words in (str(tmp_path), "2 missing: lm_head.weight, norm.weight",
@@ -240,31 +367,114 @@ def test_all_faults_of_the_weights_are_told_at_once(tmp_path):
         assert words in str(error.value)
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@pytest.mark.parametrize(
-    "content, name, words",
-    [(lambda: save(file_tensors())[:-1000], SINGLE, "truncated"),
-     (lambda: b"weights" * 99, SINGLE, "not a safetensors file"),
-     (lambda: b"", SINGLE, "not a safetensors file"), (None, SINGLE, "missing"),
-     (lambda: save({n: t.to(torch.int8)
-                    for n, t in file_tensors().items()}), SINGLE, "quantised"),
-     (lambda: b'{"weight_map": {"a": "model-7.safetensors"}}', INDEX,
-      "model-7.safetensors: missing"), (lambda: b'{"metadata": {}}', INDEX, "weight_map"),
-     (lambda: b"{", INDEX, "JSON")],
-    ids=["cut", "garbage", "empty", "no file", "int8", "no shard", "no weight_map", "index cut"])
-def test_damaged_weights_are_refused(tmp_path, content, name, words):
-    """Guards against a traceback, and against integer weights that are cast as though they were
-    numbers to compute with."""
+def test_safetensors_win_where_both_are(tmp_path):
+    """Guards against the older of two formats, which may hold an older model."""
     write(tmp_path, file_tensors())
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_bytes(content())
+    write(tmp_path, {name: 2 * t for name, t in file_tensors().items()}, 2, kind="bin")
+    assert torch.equal(load_llama(tmp_path).norm.weight, file_tensors()["model.norm.weight"])
+
+
+def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
+    """Guards against an error that names one format of two, which sends a user to convert."""
+    (tmp_path / "config.json").write_text(json.dumps(config_json(TINY)))
+    (tmp_path / "consolidated.00.pth").touch()
     with pytest.raises(UserError) as error:
         load_llama(tmp_path)
-    assert str(tmp_path) in str(error.value) and words in str(error.value)
+    assert str(error.value) == (
+        f"{tmp_path}: weights are missing, looked for model.safetensors, "
+        "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json")
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+SHARDED = {"safetensors": "model-1.safetensors", "bin": "pytorch_model-1.bin"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "half", "garbage", "empty", "gone", "a folder"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "old bin"])
+def test_a_damaged_shard_is_refused(tmp_path, kind, damage):
+    """Guards against a traceback of a download that broke off, and a line that names no file."""
+    write(tmp_path, file_tensors(), 2, kind=kind)
+    path = tmp_path / SHARDED[FILES[kind][1]]
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage != "gone":
+        path.write_bytes({"cut": data[:-1000], "half": data[:len(data) // 2],
+                          "garbage": b"weights" * 99, "empty": b""}[damage])
+    with pytest.raises(UserError) as error:
+        load_llama(tmp_path)
+    assert str(error.value).startswith(f"{path}: missing, truncated or ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, file", SHARDED.items())
+@pytest.mark.parametrize("index, words", [
+    (b"{", "JSON"), (b"[]", "JSON list"), (b'{"metadata": {}}', "has no weight_map"),
+    (b'{"weight_map": ["FILE"]}', "has no weight_map"), (b'{"weight_map": {"a": 7}}', "7: missing"),
+    (b'{"weight_map": {"a": "gone-FILE"}}', "gone-{}: missing"),
+    (b'{"weight_map": {"a": "../FILE"}}', "../{} must be a file in the same folder"),
+    (b'{"weight_map": {"a": "x/../../FILE"}}', "must be a file in the same folder"),
+    (b'{"weight_map": {"a": "/FILE"}}', "/{} must be a file in the same folder"),
+    (b'{"weight_map": {}}', "39 missing")], ids=str)
+def test_a_bad_index_is_refused(tmp_path, kind, file, index, words):
+    """Guards against a traceback, and against a file that is read from outside of the folder."""
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model", file_tensors(), 2, kind=kind)
+    write_weights(file_tensors(), tmp_path / file, kind)
+    name = f"{'.'.join(FILES[kind])}.index.json"
+    (tmp_path / "model" / name).write_bytes(index.replace(b"FILE", file.encode()))
+    with pytest.raises(UserError) as error:
+        load_llama(tmp_path / "model")
+    message = str(error.value)
+    assert str(tmp_path / "model") in message and words.format(file) in message
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_integers_are_not_weights(tmp_path, kind):
+    """Guards against quantised weights that are cast as though they were numbers to compute
+    with."""
+    write(tmp_path, {n: t.to(torch.int8) for n, t in file_tensors().items()}, kind=kind)
+    with pytest.raises(UserError, match="is torch.int8, quantised weights"):
+        load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("content", [
+    lambda path: {"norm.weight": Code(path)}, lambda path: Code(path), lambda path: [torch.ones(2)],
+    lambda path: torch.ones(2), lambda path: {"norm.weight": [1.0]},
+    lambda path: {0: torch.ones(2)}, lambda path: {"a": torch.ones(2, device="meta")},
+    lambda path: {"a": torch.eye(2).to_sparse()}, lambda path: {"state_dict": file_tensors()}],
+    ids=["code in it", "code", "list", "tensor", "numbers", "key", "meta", "sparse", "nested"])
+def test_a_pickle_of_other_things_is_refused(tmp_path, content, zipped):
+    """Guards against code in a downloaded file that runs, and a traceback for what is no dict of
+    tensors."""
+    write(tmp_path, {}, kind="bin")
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(content(tmp_path / "ran"), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError) as error:
+        load_llama(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "holds more than tensors" in message
+    assert "\n" not in message and not (tmp_path / "ran").exists()
+
+
+def test_a_zip_that_is_no_model_is_refused(tmp_path):
+    """Guards against a traceback of PyTorch's reader of zip files."""
+    write(tmp_path, {}, kind="bin")
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as file:
+        file.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="pytorch_model.bin: missing, truncated or holds more"):
+        load_llama(tmp_path)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
@@ -277,10 +487,12 @@ def test_a_missing_folder_is_refused(tmp_path):
 PEAK = """
 import sys
 import torch
-from llama import load_llama
+from support.checkpoint import load_llama
 def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-load_llama(sys.argv[1], dtype=torch.bfloat16)  # a tiny one: what PyTorch imports on the way is not the weights' memory
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+# A tiny one: what PyTorch imports on the way is not the weights' memory.
+load_llama(sys.argv[1], dtype=torch.bfloat16)
 before = status("VmRSS")
 load_llama(sys.argv[2], dtype=torch.bfloat16)
 print(status("VmHWM") - before)
@@ -288,7 +500,8 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_holds_the_weights_and_no_second_copy(tmp_path):
+@pytest.mark.parametrize("kind", FILES)
+def test_loading_holds_the_weights_and_no_second_copy(tmp_path, kind):
     """Guards against a whole checkpoint in memory, or in mapped pages, beside the model that it
     fills."""
     config = replace(TINY, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
@@ -296,11 +509,133 @@ def test_loading_holds_the_weights_and_no_second_copy(tmp_path):
     for name, shape in (("tiny", TINY), ("big", config)):
         (tmp_path / name).mkdir()
         write(tmp_path / name, {n: t.bfloat16()
-                                for n, t in file_tensors(shape).items()}, shards=4, config=shape)
-    files = [path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors")]
+                                for n, t in file_tensors(shape).items()}, 4, shape, kind)
+    files = [path.stat().st_size for path in (tmp_path / "big").glob(f"*.{FILES[kind][1]}")]
     result = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "tiny", tmp_path / "big"],
                             check=True, capture_output=True, cwd=Path(llama.__file__).parent)
     assert int(result.stdout) <= sum(files) + max(files) + 20e6
+
+
+# --------------------------------------------------------------------------------------------------
+# Which model is this?
+
+MEDIUM = replace(TINY, hidden_size=128, intermediate_size=352, num_hidden_layers=2,
+                 vocab_size=1000)  # more numbers in a matrix than are digested
+
+
+def test_every_weight_is_in_the_fingerprint(tmp_path):
+    """Guards against merged LoRA weights that pass for the model before: only norms were
+    digested. One row, or a column, or a small change everywhere is enough."""
+    tensors = file_tensors(MEDIUM)
+    write(tmp_path, tensors, config=MEDIUM)
+    found = {load_llama(tmp_path).fingerprint}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        changed = tensor.clone()
+        if i % 3 == 2 or tensor.dim() == 1:
+            changed += 0.02 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
+        elif i % 3 == 1:
+            changed[:, 7] += 1
+        else:
+            changed[5] += 1
+        write(tmp_path, tensors | {name: changed}, config=MEDIUM)
+        found.add(load_llama(tmp_path).fingerprint)
+    assert len(found) == 1 + len(tensors)
+
+
+def test_an_adapter_is_refused_by_a_target_with_one_other_projection(tmp_path):
+    """Guards against an adapter that drafts for a fine-tuned copy of its target, which looks like
+    bad training; and against adapters of before that are refused for a fingerprint of norms."""
+    config = write_model(tmp_path / "model")
+    before = load_llama(tmp_path / "model")
+    write_adapter(tmp_path / "adapter", config)
+    path = tmp_path / "adapter" / "config.json"
+    facts = json.loads(path.read_text())
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.layers.2.self_attn.v_proj.weight"] += 0.01
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    after = load_llama(tmp_path / "model")
+
+    path.write_text(json.dumps(facts | {"target": before.fingerprint}))
+    load_adapter(tmp_path / "adapter", before)
+    with pytest.raises(UserError, match=f"config.json: trained for another model .*"
+                                        f"{before.fingerprint}.*{after.fingerprint}"):
+        load_adapter(tmp_path / "adapter", after)
+    path.write_text(json.dumps(facts | {"target": before.former_fingerprint}))
+    load_adapter(tmp_path / "adapter", before)
+    assert before.former_fingerprint == after.former_fingerprint != before.fingerprint
+
+
+def test_the_adapter_that_comes_along_knows_its_target():
+    """Guards against a fingerprint that changes from version to version: this one was written when
+    norms ceased to be all of it, the former when it was new."""
+    folder = Path(kangaroo.__file__).parent / "models" / "stories"
+    model = load_llama(folder)
+    assert (model.fingerprint, model.former_fingerprint) == ("3bd26074ec8bc03f", "6b8d6c178371e748")
+    assert json.loads((folder / "adapter" / "config.json").read_text())["target"] == (
+        model.fingerprint)
+
+
+# --------------------------------------------------------------------------------------------------
+# From published folders to text and to an adapter
+
+def as_published(folder):
+    """A folder like Vicuna's and one like an adapter of the paper's: weights in float16, pickled,
+    with the constants of their time, in shards; no word on exit layer or target."""
+    config = write_model(folder / "model")
+    weights = load_file(folder / "model" / "model.safetensors")
+    (folder / "model" / "model.safetensors").unlink()
+    write(folder / "model", {name: t.half() for name, t in weights.items()} | {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)}, 2,
+          config, "bin")
+    (folder / "adapter").mkdir()
+    adapter = named_weights(random_adapter(random_model(config)))
+    torch.save({name if name == "norm.weight" else f"layers.0.{name}": w.half()
+                for name, w in adapter.items()}, folder / "adapter" / "pytorch_model.bin")
+    data = config_json(replace(config, num_hidden_layers=1))
+    (folder / "adapter" / "config.json").write_text(json.dumps(data))
+    text = "\n\n".join(f"{i} hats? An old turtle! The stones liked it too." for i in range(40))
+    (folder / "plain.txt").write_text(text)
+
+
+def train(folder, *more):
+    """Two updates from the published adapter; the exit status."""
+    args = ["--model", folder / "model", "--init", folder / "adapter", "--out", folder / "trained",
+            "--data", folder / "plain.txt", "--exit-layer", 1, "--updates", 2, "--batches", 1,
+            "--batch-tokens", 300, "--max-length", 100, "--window", 10, "--device", "cpu",
+            "--dtype", "float32", "--eval-prompts", 1, *more]
+    return train_adapter.main([str(word) for word in args])
+
+
+def test_published_folders_decode_and_train(tmp_path, capfd):
+    """Guards against a claim in README that nothing has tried: the paper's target and adapter in
+    the files that they were published in, all the way."""
+    as_published(tmp_path)
+    common = ["--model", str(tmp_path / "model"), "--prompt", "stones", "--compare", "--json",
+              "--threshold", "0", "--device", "cpu", "--dtype", "float32"]
+    assert command_line.main([*common, "--adapter", str(tmp_path / "adapter"), "--exit-layer",
+                              "1"]) == 0, capfd.readouterr().err
+    before = json.loads(capfd.readouterr().out)
+    assert train(tmp_path) == 0, capfd.readouterr().err
+    capfd.readouterr()
+    assert command_line.main([*common, "--adapter", str(tmp_path / "trained")]) == 0
+    after = json.loads(capfd.readouterr().out)
+    assert before["identical"] and after["identical"] and before["ids"] == after["ids"]
+    assert before["drafted"][0] == 6 and before["ids"]
+
+
+def test_training_does_not_go_on_with_another_projection(tmp_path, capfd):
+    """Guards --resume: it went on with a target whose norms were the same, for an adapter that is
+    of neither."""
+    as_published(tmp_path)
+    assert train(tmp_path) == 0 and train(tmp_path, "--resume") == 0, capfd.readouterr().err
+    path = tmp_path / "model" / "pytorch_model-0.bin"
+    weights = torch.load(path, weights_only=True)
+    name = next(name for name in weights if name.endswith("proj.weight"))
+    torch.save(weights | {name: weights[name] + 0.01}, path)
+    capfd.readouterr()
+    assert train(tmp_path, "--resume") == 2
+    err = capfd.readouterr().err
+    assert "checkpoint.pt: was made with --model of fingerprint" in err and err.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------------------

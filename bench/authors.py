@@ -1,0 +1,214 @@
+r"""Against the authors' own code, round for round: the same ids and the same accepted lengths?
+
+    git clone https://github.com/Equationliu/Kangaroo authors
+    python -m venv theirs
+    theirs/bin/pip install torch==2.13.0 transformers==4.33.3 tokenizers==0.13.3 "numpy<2" \
+        accelerate
+    python bench/authors.py --checkout authors --python theirs/bin/python --model models/stories \
+        --adapter DIR --prompts FILE
+
+On the CPU in float32, greedily, with the paper's γ 6 and η 0.6. Both sides read the same files:
+pytorch_model.bin in two shards with their index, and an adapter in the form of the published ones.
+Then the same again with a random miniature that has llama3 RoPE and grouped heads. Theirs knows
+that RoPE not; it is given the frequencies.
+
+Theirs takes its first token from prefill, so ours begins after it; and theirs stops up to γ tokens
+early, so the rounds compared are those that it has. Theirs runs in a process of its own; nothing
+of it is in this repository but the names of what is called.
+"""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from kangaroo import STEPS, THRESHOLD, Adapter, KangarooDrafter, NoDrafter, generate
+from llama import KVCache, Llama, LlamaConfig, UserError, build, inverse_frequencies
+from support.checkpoint import (
+    config_json,
+    load_adapter,
+    load_llama,
+    named_weights,
+    read_json,
+    write_json,
+)
+from support.program import Parser, run_program
+from support.tokenizer import Tokenizer
+
+MINIATURE = LlamaConfig(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, vocab_size=200, max_position_embeddings=512,
+    rope_theta=500000.0, rope_type="llama3", rope_scaling=(8.0, 1.0, 4.0, 64.0),
+    bos_token_id=1, eos_token_ids=(2,))
+
+# What their process runs, in the folder of their checkout. FastChat is needed for one function.
+THEIRS = """
+import json, sys, types
+from argparse import Namespace as N
+import torch
+utils = types.ModuleType("fastchat.utils")
+utils.str_to_torch_dtype = lambda name: getattr(torch, name)
+questions = types.ModuleType("evaluation.eval")
+questions.run_eval = questions.reorg_answer_file = None
+sys.modules |= {"fastchat": types.ModuleType("fastchat"), "fastchat.utils": utils,
+                "evaluation.eval": questions}
+from evaluation.inference_kangaroo import kangaroo_forward
+from kangaroo.kangaroo_model import KangarooModel
+torch.set_num_threads(1)
+job = json.load(open(sys.argv[1]))
+model = KangarooModel(job["model"], job["adapter"], N(dtype="float32"), job["exit_layer"])
+for layer in model.base_model.model.layers if job["frequencies"] else []:
+    rope = layer.self_attn.rotary_emb
+    rope.inv_freq = torch.tensor(job["frequencies"])
+    rope._set_cos_sin_cache(job["context"], rope.inv_freq.device, torch.float32)
+found = []
+for ids in job["prompts"]:
+    [out], _, _, lengths = kangaroo_forward(
+        N(input_ids=torch.tensor([ids])), model, N(eos_token_id=job["eos"]), job["new_tokens"],
+        max_length=job["context"], EARLY_STOP_LAYER=job["exit_layer"],
+        SPECULATIVE_DECODING_STEPS=job["steps"], threshold=job["threshold"])
+    found.append({"ids": out[len(ids):], "lengths": lengths[1:]})
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def write_for_both(folder, model, adapter):
+    """The model and the adapter in the files that the authors' code reads."""
+    weights = {name if name == "lm_head.weight" else f"model.{name}": weight.clone()
+               for name, weight in named_weights(model).items()}
+    weights["lm_head.weight"] = model.lm_head.weight.clone()  # theirs wants a tied one too
+    names, files = list(weights), [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    weight_map = {name: files[i % 2] for i, name in enumerate(names)}
+    (folder / "model").mkdir()
+    for file in files:
+        torch.save({name: weights[name] for name in names if weight_map[name] == file},
+                   folder / "model" / file)
+    write_json(folder / "model" / "pytorch_model.bin.index.json",
+               {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "model" / "config.json", config_json(model.config))
+    (folder / "adapter").mkdir()
+    torch.save({name if name == "norm.weight" else f"layers.0.{name}": weight.clone()
+                for name, weight in named_weights(adapter).items()},
+               folder / "adapter" / "pytorch_model.bin")
+    write_json(folder / "adapter" / "config.json", config_json(adapter.config))
+
+
+def miniature():
+    """A random model and adapter that agree about as often as trained ones.
+
+    The layers after the first two change the state little, the adapter less.
+    """
+    model = build(Llama, MINIATURE, "cpu", torch.float32)
+    config = replace(MINIATURE, num_hidden_layers=1, rope_type="default", rope_scaling=(),
+                     rope_theta=10000.0)  # their adapter knows no other RoPE
+    adapter, generator = build(Adapter, config, "cpu", torch.float32), torch.Generator()
+    generator.manual_seed(0)
+    for module, scale in ((model, 0.03), (adapter, 0.1)):
+        for name, weight in named_weights(module).items():
+            noise = torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
+            weight.copy_(noise if weight.dim() > 1 else torch.ones_like(weight))
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(1 if name.startswith(("layers.0.", "layers.1.")) else scale)
+    model.lm_head.weight.mul_(8)  # sure enough for η to stop some drafts and not others
+    return model, adapter
+
+
+def theirs(args, folder, model, prompts):
+    """[{ids, lengths}] of the authors' code: the new tokens, and how many each round committed."""
+    config, frequencies = model.config, None
+    if config.rope_type == "llama3":
+        frequencies = inverse_frequencies(config, torch.device("cpu")).tolist()
+        shutil.copytree(folder / "model", folder / "theirs")
+        data = read_json(folder / "model" / "config.json")
+        write_json(folder / "theirs" / "config.json", data | {"rope_scaling": None})
+    job = {"model": str(folder / ("theirs" if frequencies else "model")),
+           "adapter": str(folder / "adapter"), "exit_layer": args.exit_layer, "steps": STEPS,
+           "threshold": THRESHOLD, "frequencies": frequencies, "eos": config.eos_token_ids[0],
+           "context": config.max_position_embeddings, "prompts": prompts,
+           "new_tokens": args.new_tokens}
+    write_json(folder / "job.json", job)
+    run = subprocess.run([args.python, "-c", THEIRS, folder / "job.json", folder / "found.json"],
+                         cwd=args.checkout, capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(f"--checkout {args.checkout}: their code failed: "
+                        f"{(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads((folder / "found.json").read_text())
+
+
+def ours(args, folder, prompts, first, counts):
+    """The same of this code, after the `first` token of each text; (ids, lengths) for each."""
+    model = load_llama(folder / "model")
+    adapter, facts = load_adapter(folder / "adapter", model, args.exit_layer)
+    eos, found = model.config.eos_token_ids, []
+    for ids, token, n_rounds in zip(prompts, first, counts):
+        start, = generate(model, NoDrafter(model), ids, 1, eos=eos)
+        drafter, rounds = KangarooDrafter(model, adapter, facts["exit_layer"]), []
+        for round_ in generate(model, drafter, [*ids, token], 10 ** 6, eos=eos):
+            if len(rounds) == n_rounds:
+                break
+            rounds.append(round_.tokens)
+        found.append({"ids": start.tokens + sum(rounds, []), "lengths": [len(r) for r in rounds]})
+    return found
+
+
+def compare(name, args, model, adapter, prompts):
+    """Print how many ids and rounds are equal; returns whether all are."""
+    KVCache.BLOCK = model.config.max_position_embeddings  # or our drafts would end with a block
+    with tempfile.TemporaryDirectory() as folder:
+        write_for_both(Path(folder), model, adapter)
+        expected = theirs(args, Path(folder), model, prompts)
+        found = ours(args, Path(folder), prompts, [text["ids"][0] for text in expected],
+                     [len(text["lengths"]) for text in expected])
+    equal = {}
+    for what in ("ids", "lengths"):
+        pairs = [pair for a, b in zip(found, expected) for pair in zip(a[what], b[what])]
+        n = sum(max(len(a[what]), len(b[what])) for a, b in zip(found, expected))
+        equal[what] = sum(a == b for a, b in pairs), n
+    lengths = [length for text in expected for length in text["lengths"]]
+    print(f"{name}: {len(prompts)} prompts · ids equal {equal['ids'][0]} of {equal['ids'][1]} · "
+          f"rounds equal {equal['lengths'][0]} of {equal['lengths'][1]} · tokens a round "
+          f"{sum(lengths) / len(lengths):.2f}, of each length from 1 to {STEPS + 1}: "
+          f"{' '.join(str(lengths.count(i)) for i in range(1, STEPS + 2))}", flush=True)
+    return all(same == n for same, n in equal.values())
+
+
+def run(args):
+    model = load_llama(args.model)
+    adapter, facts = load_adapter(args.adapter, model)
+    if type(adapter) is not Adapter:
+        raise UserError(f"--adapter {args.adapter}: has another architecture than theirs, "
+                        "attention")
+    args.exit_layer = facts["exit_layer"]
+    tokenizer = Tokenizer(args.model, model.config)
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()[:args.limit]
+    same = compare(args.model.name, args, model, adapter, [tokenizer.encode(x) for x in lines])
+    args.exit_layer, generator = 2, torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, MINIATURE.vocab_size, (args.limit, 20), generator=generator)
+    same &= compare("miniature, llama3 RoPE, grouped heads", args, *miniature(), prompts.tolist())
+    return 0 if same else 1
+
+
+def parse_arguments(argv):
+    parser = Parser(prog="authors.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--checkout", "--python", "--model", "--adapter", "--prompts"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=8, help="prompts (default: 8)")
+    parser.add_argument("--new-tokens", type=int, default=80, help="of a text (default: 80)")
+    args = parser.parse_args(argv)
+    args.python = args.python.absolute()  # not resolved: it is a link out of its environment
+    if not (args.checkout / "kangaroo" / "kangaroo_model.py").exists():
+        raise UserError(f"--checkout {args.checkout}: is no checkout of Equationliu/Kangaroo")
+    if not args.python.exists():
+        raise UserError(f"--python {args.python}: no such program")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("authors.py", lambda: run(parse_arguments(None))))
