@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
 from llama import UserError
+from support.chat import find_chat_template
 from support.checkpoint import (
     config_json,
     load_adapter,
@@ -45,7 +46,7 @@ from support.data import batches_of, digest, encode, most_frequent, prompt_of, s
 from support.decoder import pick_device_and_dtype
 from support.program import HELP, Parser, options, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
-from support.tokenizer import Tokenizer, find_chat_template
+from support.tokenizer import Tokenizer
 
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log()}
@@ -295,6 +296,9 @@ class Training:
                               eos=config.eos_token_ids,
                               max_length=min(args.max_length, config.max_position_embeddings))
         self.documents, self.held = split(args.data, args.allow_truncated)
+        if self.rank == 0 and self.template.note and any(isinstance(d, list)
+                                                         for d in self.documents):
+            print(self.template.note, file=sys.stderr)
         self.tested, self.coverage = self.held or self.documents[:1], 1.0
         examples = [self.encode(document) for document in self.tested[:args.eval_documents]]
         self.held_batches = batches_of(examples, args.batch_tokens)

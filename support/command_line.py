@@ -13,11 +13,11 @@ from pathlib import Path
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH
 from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
+from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import ADAPTED, DEFAULT_MODEL, DRAFTERS, load, timed
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, write_page
-from support.tokenizer import CHAT_TEMPLATES
 
 DRAFTING = [name for name in DRAFTERS if name != "tree"]  # which --tree names
 
@@ -48,6 +48,7 @@ def make_parser():
     option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
     option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model "
            "folder's, or none)")
+    option("--system", "TEXT", "a system message, for chat templates that take one")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is "
            "fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -147,7 +148,7 @@ def run(args):
     decoder = load(args.model or DEFAULT_MODEL,
                    args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
                    args.width, args.chat, args.exit_layer, args.tf32, args.compile,
-                   graphs=not (args.no_graphs or args.trace))
+                   graphs=not (args.no_graphs or args.trace), system=args.system)
     wanted = {"steps": args.steps, "threshold": args.threshold,
               "top_candidates": args.top_candidates, "nodes": args.nodes}
     settings = decoder.settings(args.drafter, **wanted)

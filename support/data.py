@@ -12,12 +12,14 @@ import random
 import re
 import sys
 import zlib
+from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
 
 from llama import UserError
-from support.tokenizer import render_chat
+from support.chat import encode_chat, encode_rendered, render_chat
 
 HELD_OUT = 64  # one document in so many is never trained on
 
@@ -169,36 +171,58 @@ def encode(document, tokenizer, template, eos, max_length):
     """A document -> (ids, learn): learn[t] says whether the token at position t is to be predicted.
 
     Of a conversation these are the assistant's tokens with the end-of-sequence token that closes
-    each answer, or that the answer itself spells, for there decoding ends; what comes before an
+    each answer, or that the answer itself spells, for there decoding ends. The text is rendered,
+    cut where answers begin and end, and each piece encoded once, so that what comes before an
     answer is encoded as decoding would encode it.
     """
     if isinstance(document, str):
-        ids = (tokenizer.encode(document) + list(eos[:1]))[:max_length]
+        ids = tokenizer.encode(document)
+        ids = (ids + [i for i in eos[:1] if ids[-1:] != [i]])[:max_length]
         return ids, [False] + [True] * (len(ids) - 1)
     document = [turn.strip() if i % 2 else turn
                 for i, turn in enumerate(document)]  # templates put no blanks round an answer
-    ids, learn = [], []
-    for i in range(1, len(document), 2):
+    text = render_chat(template, document, answer=False)
+    spans = answers(template, document, text, [tokenizer.text_of(i) for i in eos])
+    ids, learn, done = [], [], 0
+    for begin, end in chain(spans, [(len(text), len(text))]):
+        for piece, wanted in ((text[done:begin], False), (text[begin:end], True)):
+            ids += tokenizer.encode_part(piece, ids[-1]) if ids else encode_rendered(
+                tokenizer, template, piece)
+            learn += [wanted] * (len(ids) - len(learn))
+        done = end
         if len(ids) >= max_length:
             break
-        text = render_chat(template, document[:i])
-        before, after = tokenizer.encode(text), tokenizer.encode(
-            text + template.assistant.format(document[i]))
-        start = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b),
-                     min(len(before), len(after)))
-        end = next((k + 1 for k in range(start, len(after)) if after[k] in eos), len(after))
-        # Earlier turns are encoded alike in this text, up to the tokens that the next turn may
-        # merge with.
-        learn = learn[:start] + [False] * (start - len(learn)) + [True] * (
-            end - start) + [False] * (len(after) - end)
-        ids = after
     return ids[:max_length], learn[:max_length]
+
+
+def answers(template, turns, text, eos):
+    """Where in the text of all turns the assistant's answers stand: (begin, end) of each, with what
+    closes it. The answers that stand elsewhere when they are the last are left out.
+
+    An answer begins where the prompt for it ends, and ends with the first of the texts in `eos`;
+    without one, where the text that ends with this answer does.
+    """
+    closing = re.compile("|".join(map(re.escape, filter(None, eos))) or "$^")
+    for i in range(1, len(turns), 2):
+        before = render_chat(template, turns[:i])
+        until = text if i + 1 == len(turns) else render_chat(template, turns[:i + 1], answer=False)
+        if not text.startswith(before):
+            continue  # the template shows earlier turns in another way
+        begin = len(before)
+        if not text.startswith(until):
+            until = before + commonprefix([text[begin:], until[begin:]])
+        closed = closing.search(until, begin)
+        if closed:
+            yield begin, closed.end()
+        elif turns[i] in until[begin:]:
+            yield begin, len(until.rstrip())
 
 
 def prompt_of(document, tokenizer, template):
     """What decoding starts from: the user's first turn, or the first 16 tokens of a text."""
-    return tokenizer.encode(document)[:16] if isinstance(document, str) else tokenizer.encode(
-        render_chat(template, document[:1]))
+    if isinstance(document, str):
+        return tokenizer.encode(document)[:16]
+    return encode_chat(tokenizer, template, document[:1])
 
 
 def batches_of(examples, batch_tokens):
