@@ -75,7 +75,7 @@ class ChatTemplate:
 
     @cached_property
     def program(self):
-        """The compiled Jinja program."""
+        """The compiled Jinja program; UserError if it is none."""
         environment = jinja_environment()
         try:
             return environment.from_string(self.source)
@@ -139,7 +139,7 @@ def find_chat_template(folder, name=None, system=None):
     tokens = {key: token for key, token in metadata.items() if key.endswith("_token") and token}
     template = replace(template, tokens=tokens, system=system)
     if template.name != "none":
-        template.program  # all that is wrong with it is said before anything is decoded
+        _ = template.program  # what is wrong with it is said before anything else is done
     if system is not None:
         refuse_unheard(template, system)
     return template.name, template
@@ -191,7 +191,8 @@ def refuse_unheard(template, system):
 # Turns -> text -> ids
 
 def render_chat(template, turns, answer=True):
-    """Turns of user, assistant, user, … -> the text of the chat. answer: the assistant's is next."""
+    """Turns of user, assistant, user, … -> the text of the chat; `answer`: up to where the
+    assistant's begins."""
     if template.name == "none":
         return "".join(turns)
     messages = [{"role": "assistant" if i % 2 else "user", "content": turn}

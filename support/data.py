@@ -197,25 +197,31 @@ def encode(document, tokenizer, template, eos, max_length):
 
 def answers(template, turns, text, eos):
     """Where in the text of all turns the assistant's answers stand: (begin, end) of each, with what
-    closes it. The answers that stand elsewhere when they are the last are left out.
+    closes it. Answers that the text shows in another way than their own prompt are left out.
 
     An answer begins where the prompt for it ends, and ends with the first of the texts in `eos`;
-    without one, where the text that ends with this answer does.
+    without one, where the text of the turns up to it ends.
     """
-    closing = re.compile("|".join(map(re.escape, filter(None, eos))) or "$^")
+    closing = re.compile(rf"\s*(?:{'|'.join(map(re.escape, filter(None, eos))) or '(?!)'})")
     for i in range(1, len(turns), 2):
         before = render_chat(template, turns[:i])
-        until = text if i + 1 == len(turns) else render_chat(template, turns[:i + 1], answer=False)
         if not text.startswith(before):
-            continue  # the template shows earlier turns in another way
+            continue
         begin = len(before)
-        if not text.startswith(until):
-            until = before + commonprefix([text[begin:], until[begin:]])
-        closed = closing.search(until, begin)
+        first = begin + text.startswith(" ", begin)
+        closed = text.startswith(turns[i], first) and closing.match(text, first + len(turns[i]))
+        until = closed.end() if closed else begin + in_common(
+            text[begin:], render_chat(template, turns[:i + 1], answer=False)[begin:])
+        closed = closing.search(text, begin, until)
         if closed:
             yield begin, closed.end()
-        elif turns[i] in until[begin:]:
-            yield begin, len(until.rstrip())
+        elif turns[i] in text[begin:until]:
+            yield begin, begin + len(text[begin:until].rstrip())
+
+
+def in_common(a, b):
+    """The length of what both texts begin with."""
+    return len(b) if a.startswith(b) else len(commonprefix([a, b]))
 
 
 def prompt_of(document, tokenizer, template):

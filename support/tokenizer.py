@@ -111,8 +111,8 @@ class Tokenizer:
     def encode_part(self, text, after=None):
         """The ids of a text that follows the token `after`; None: that begins."""
         ids = self.split(text, after)
-        beyond = next((i for i in ids if i >= self.vocab_size), None)
-        if beyond is not None:
+        beyond = max(ids, default=0)
+        if beyond >= self.vocab_size:
             raise UserError(
                 f"{self.path}: the text has the token {self.text_of(beyond)!r}, which is {beyond}, "
                 f"but config.json says vocab_size = {self.vocab_size}; leave it out of the text")
@@ -239,13 +239,13 @@ class JoiningSplitter:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.special = {i: str(t) for i, t in tokenizer.get_added_tokens_decoder().items()}
+        self.special = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
         first = tokenizer.encode("a", add_special_tokens=False).tokens[:1]
         self.prefixes = first != ["a"]
 
     def __call__(self, text, after=None):
         if after in self.special:
-            return self.behind(self.tokenizer.id_to_token(after), text)
+            return self.ids(self.special[after] + text)[1:]
         if after is not None and self.prefixes:
             for guard in self.GUARDS:
                 ids = self.behind(guard, text)
