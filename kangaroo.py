@@ -115,7 +115,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         x = one_shape(draft.hidden, start, cache, width, draft.parents)
         h = model.run_layers(*x, drafter.depth, n_layers)
         logits = model.logits(h)[0, :len(draft.tokens) + 1]
-        choices = sampler.choose(logits, start + 1, draft.depth())  # what the target says after each
+        choices = sampler.choose(logits, start + 1, draft.depth())  # the target's, after each node
         top = logits.gather(1, choices[:, None])[:, 0]  # NaN and infinity win every comparison
         choices, finite = torch.stack((choices, top.isfinite())).tolist()  # one host sync
         if not all(finite):

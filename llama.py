@@ -106,7 +106,7 @@ class KVCache:
             self.rows[:, :, :, start + 1:start + 1 + len(path)] = self.rows[:, :, :, moved]
 
     def update(self, layer, slots, k, v):
-        """Write k, v (1, T, kv_heads, head_dim) at the rows slots (T,); return the S rows in view."""
+        """Write k, v (1, T, kv_heads, head_dim) at the rows slots (T,); returns the S in view."""
         self.k[layer].index_copy_(1, slots, k)
         self.v[layer].index_copy_(1, slots, v)
         return self.k[layer][:, :self.length], self.v[layer][:, :self.length]
@@ -443,7 +443,7 @@ class Sampler:
         return to_device(-(-torch.log1p(-u)).log(), device)
 
     def scores(self, logits):
-        """logits (V,) -> float32 (V,): log p + a constant, −inf for what top-k and top-p exclude."""
+        """logits (V,) -> float32 (V,): log p + a constant, −inf for what is excluded."""
         scores = logits.float() / self.temperature
         if 0 < self.top_k < len(scores):
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -math.inf)

@@ -538,7 +538,8 @@ def main(argv=None):
         except RuntimeError as e:
             if "by peer" not in str(e):  # gloo's words for a process that has ended, and said why
                 raise
-            raise UserError(f"process {os.environ['RANK']} stops, because another one has") from None
+            message = f"process {os.environ['RANK']} stops, because another one has"
+            raise UserError(message) from None
 
     return run_program("train_adapter.py", run,
                        "interrupted, --resume goes on from the last checkpoint")

@@ -66,7 +66,8 @@ class TreeDrafter(KangarooDrafter):
             # chosen already, so they are verified too.
             pool.sort(key=lambda node: -node.product)
             best = pool[:self.nodes + 1 - len(nodes)]
-            sure = [node for node in best if node.depth < n_max and node.confidence > self.threshold]
+            sure = [node for node in best
+                    if node.depth < n_max and node.confidence > self.threshold]
             open_from, pool = len(nodes), [node for node in pool if node not in sure]
             nodes += sure or best
             growing = bool(sure) and len(nodes) <= self.nodes

@@ -1,6 +1,6 @@
 """Files in and out: Hugging Face model folders, adapters, atomic writing. UserError names the file.
 
-    config.json -> LlamaConfig        model.safetensors, shards -> Llama        adapter folder -> Adapter
+    config.json -> LlamaConfig     model.safetensors, shards -> Llama     adapter folder -> Adapter
 
 Nothing of the algorithm. What a config.json asks for and `llama.py` does not do is refused by name.
 """
@@ -121,7 +121,7 @@ def read_config(folder):
 
 
 def refuse_other_models(path, data):
-    """UserError if a config.json asks for what `llama.py` does not do; returns its RoPE settings."""
+    """UserError if a config.json asks for what `llama.py` does not do; returns RoPE's settings."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     for name, values in IMPLEMENTED.items():
         default = rope.get(name, values[0]) if isinstance(rope, dict) else values[0]
@@ -129,8 +129,9 @@ def refuse_other_models(path, data):
         if value not in values:
             raise UserError(f"{path}: {name} = {value!r} is not implemented, only "
                             f"{' or '.join(map(repr, values))}")
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if not isinstance(rope, dict) or not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
+    known = isinstance(rope, dict)
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if known else rope
+    if not known or not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
         raise UserError(f"{path}: rope_scaling of type {rope_type!r} is not implemented, only "
                         f"{', '.join(ROPE_FIELDS)}")
     return rope
@@ -206,7 +207,7 @@ def read_tensor(path, name):
 
 
 def safetensors_entries(path):
-    """{name: (shape, function that reads the tensor)} of a safetensors file; nothing is read yet."""
+    """{name: (shape, function that reads the tensor)} of a safetensors file; nothing is read."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: (file.get_slice(name).get_shape(), partial(read_tensor, path, name))

@@ -139,7 +139,7 @@ def vanilla(decoder, ids, args, sampler):
 
 def run(args):
     """Decode all prompts and print; returns the exit status."""
-    prompts = read_prompts(args)
+    prompts = read_prompts(args.prompt, args.prompts)
     if args.trace and len(prompts) > 1:
         raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds "
                         f"{len(prompts)}")

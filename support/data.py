@@ -28,27 +28,25 @@ HELD_OUT = 64  # one document in so many is never trained on
 # Documents
 
 def read_documents(path, allow_truncated=False):
-    """The documents of a file: lists of turns (user, assistant, user, …) of conversations, or plain
-    texts.
+    """The documents of a file: conversations, lists of turns (user, assistant, …), or plain texts.
 
     A JSON list or JSONL, of ShareGPT's {"conversations": [{"from", "value"}]} or of {"text"}, if
     the file is called so or begins so; else plain text, whose documents are separated by blank
     lines. .gz is unpacked. UserError names file and line.
     """
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt",
-                                                                encoding="utf-8-sig") as file:
+        opened = gzip.open if str(path).endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
     except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path}: cannot be read as UTF-8 ({e.reason}), --data wants text, JSON or these packed as .gz"
-        ) from None
+        raise UserError(f"{path}: cannot be read as UTF-8 ({e.reason}), --data wants text, JSON or "
+                        "these packed as .gz") from None
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    is_json = str(path).removesuffix(".gz").endswith((".json", ".jsonl"))
     if text.lstrip().startswith("["):
         entries = json_list(path, text, allow_truncated)
-    elif text.lstrip().startswith("{") or str(path).removesuffix(".gz").endswith(
-        (".json", ".jsonl")):
+    elif text.lstrip().startswith("{") or is_json:
         entries = json_lines(path, text)
     else:
         return [document for document in re.split(r"\n\s*\n", text) if document.strip()]
@@ -62,8 +60,8 @@ def json_lines(path, text):
             try:
                 yield line, json.loads(source)
             except (ValueError, RecursionError) as e:
-                raise UserError(
-                    f"{path}:{line}: not valid JSON ({str(e).replace('line 1 ', '')})") from None
+                what = str(e).replace("line 1 ", "")
+                raise UserError(f"{path}:{line}: not valid JSON ({what})") from None
 
 
 def json_list(path, text, allow_truncated):
@@ -75,15 +73,14 @@ def json_list(path, text, allow_truncated):
             i += 1
         return i
 
-    counted = 0
+    counted, readable = 0, f"{path}:{{}}: {{}} entries are readable, then the JSON list"
     while True:
         start = skip(" \t\r\n", end)
         line, counted = line + text.count("\n", counted, start), start
         if text[start:start + 1] == "]":
             if text[start + 1:].strip():
-                raise UserError(
-                    f"{path}:{line}: {len(entries)} entries are readable, then the JSON list ends, but not the file"
-                )
+                what = readable.format(line, len(entries))
+                raise UserError(f"{what} ends, but not the file")
             return entries
         try:
             entry, end = decoder.raw_decode(text, start)
@@ -91,7 +88,7 @@ def json_list(path, text, allow_truncated):
             if text[end:end + 1] not in (",", "]"):
                 raise ValueError("expected , or ]")
         except (ValueError, RecursionError) as e:
-            what = f"{path}:{line}: {len(entries)} entries are readable, then the JSON list breaks ({e})"
+            what = f"{readable.format(line, len(entries))} breaks ({e})"
             if not allow_truncated:
                 raise UserError(f"{what}; --allow-truncated goes on with these") from None
             print(f"warning: {what}", file=sys.stderr)
@@ -104,13 +101,15 @@ ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "chatgpt": 1}
 
 
 def document_of(entry, where):
-    """A text, or a list of turns that begins with the user's and ends with the assistant's; empty
-    if nothing can be learned."""
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+    """A text, or a list of turns that begins with the user's and ends with the assistant's.
+
+    Empty if nothing can be learned.
+    """
+    entry = entry if isinstance(entry, dict) else {}
+    if isinstance(entry.get("text"), str):
         return whole_characters(entry["text"]) if entry["text"].strip() else ""
-    messages = (entry.get("conversations") or entry.get("messages")) if isinstance(entry,
-                                                                                   dict) else None
-    if messages == [] or isinstance(entry, dict) and entry.get("conversations") == []:
+    messages = entry.get("conversations") or entry.get("messages")
+    if messages == [] or entry.get("conversations") == []:
         return []
     try:
         said = [(m.get("from") or m.get("role"), m.get("value") or m.get("content") or "")
@@ -118,40 +117,36 @@ def document_of(entry, where):
         if not all(isinstance(part, str) for turn in said for part in turn):
             raise TypeError
     except (TypeError, AttributeError):
-        raise UserError(
-            f"{where}: wants an object with `text`, or with `conversations`, a list of objects with `from` "
-            "(human, gpt) and `value`") from None
+        raise UserError(f"{where}: wants an object with `text`, or with `conversations`, a list of "
+                        "objects with `from` (human, gpt) and `value`") from None
     turns = []
     for role, text in said:
         if ROLES.get(role) == len(turns) % 2 and text.strip():
             turns.append(whole_characters(text))
         elif turns:
-            break  # two turns of one role, or a role unknown here: what follows is another conversation
+            break  # two turns of one role, or an unknown role: what follows belongs to another
     return turns[:len(turns) // 2 * 2]
 
 
 def whole_characters(text):
-    """The text with a ? for each half of a character that JSON's escapes left alone: no tokenizer
-    takes these."""
+    """The text with a ? for each half of a character: JSON can escape it, no tokenizer takes it."""
     return text.encode("utf-8", "replace").decode()
 
 
 def is_held_out(document):
-    """Decided by the first turn or text itself, so that a prompt is on one side in every file that
-    it occurs in."""
+    """Decided by the first turn or text itself: a prompt is on one side in every file."""
     first = document if isinstance(document, str) else document[0]
-    return int.from_bytes(
-        hashlib.sha256(first.strip().encode("utf-8", "replace")).digest()[:4],
-        "big") % HELD_OUT == 0
+    key = hashlib.sha256(first.strip().encode("utf-8", "replace")).digest()[:4]
+    return int.from_bytes(key, "big") % HELD_OUT == 0
 
 
-def split(args):
+def split(paths, allow_truncated=False):
     """All documents of the data files -> (to train on, at least one; held out, perhaps none)."""
-    documents = [d for path in args.data for d in read_documents(path, args.allow_truncated)]
+    documents = [d for path in paths for d in read_documents(path, allow_truncated)]
     held = [d for d in documents if is_held_out(d)]
     rest = [d for d in documents if not is_held_out(d)]
     if not rest:
-        raise UserError(f"--data {' '.join(map(str, args.data))}: holds no document to train on")
+        raise UserError(f"--data {' '.join(map(str, paths))}: holds no document to train on")
     random.Random(0).shuffle(held)
     return rest, held
 
@@ -232,11 +227,10 @@ def prompt_of(document, tokenizer, template):
 
 
 def batches_of(examples, batch_tokens):
-    """Encoded documents -> [(ids (B, T), learn (B, T) bool)], of similar lengths, B × T ≤
-    batch_tokens, padded with zeros.
+    """Encoded documents -> [(ids (B, T), learn (B, T) bool)], B × T ≤ batch_tokens.
 
-    learn[:, t] is moved one to the left: it says whether the prediction made *at* position t
-    counts.
+    Those of a batch are of similar lengths, padded with zeros. learn[:, t] is moved one to the
+    left: it says whether the prediction made *at* position t counts.
     """
     examples = sorted((e for e in examples if any(e[1][1:])), key=lambda e: len(e[0]))
     batches, rows = [], []
@@ -254,8 +248,10 @@ def batches_of(examples, batch_tokens):
 
 
 def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
-    """The ids (size,), ascending, of the tokens most often to be predicted, end of sequence
-    included, and their share."""
+    """The ids (size,), ascending, of the tokens most often to be predicted, and their share.
+
+    The ends of sequence are among them.
+    """
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for document in random.Random(0).sample(documents, min(sample, len(documents))):
         ids, learn = encode(document)
@@ -269,11 +265,11 @@ def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
 # --------------------------------------------------------------------------------------------------
 # Prompts
 
-def read_prompts(args):
-    """The prompts as a list of strings, none of them empty."""
-    if args.prompt is not None:
+def read_prompts(prompt, file):
+    """The prompts of --prompt or of the file --prompts, a list of strings, none of them empty."""
+    if prompt is not None:
         try:
-            prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+            prompt = sys.stdin.read() if prompt == "-" else prompt
             prompt.encode()  # bytes of the command line that are not UTF-8 become lone surrogates
         except UnicodeError as e:
             raise UserError(f"the prompt is not UTF-8 ({e})") from None
@@ -281,17 +277,16 @@ def read_prompts(args):
             raise UserError("the prompt is empty, --prompt wants some text")
         return [prompt]
     try:
-        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"--prompts {args.prompts}: cannot be read ({getattr(e, 'strerror', None) or e})"
-        ) from None
+        raise UserError(f"--prompts {file}: cannot be read "
+                        f"({getattr(e, 'strerror', None) or e})") from None
     lines = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not lines:
-        raise UserError(f"--prompts {args.prompts}: holds no prompt")
-    if not (args.prompts.endswith(".jsonl") or lines[0][1].startswith("{")):
+        raise UserError(f"--prompts {file}: holds no prompt")
+    if not (file.endswith(".jsonl") or lines[0][1].startswith("{")):
         return [line for _, line in lines]
-    return [json_turns(line, f"{args.prompts}:{i}")[0] for i, line in lines]
+    return [json_turns(line, f"{file}:{i}")[0] for i, line in lines]
 
 
 def json_turns(line, where):
@@ -302,12 +297,13 @@ def json_turns(line, where):
         raise UserError(f"{where}: not valid JSON ({e})") from None
     entry = entry if isinstance(entry, dict) else {}
     turns = [entry["prompt"]] if entry.get("prompt") else entry.get("turns")
-    # A lone surrogate, which JSON can escape, is no text.
-    if not (isinstance(turns, list) and turns
-            and all(isinstance(turn, str) and turn.strip()
-                    for turn in turns)) or any("\ud800" <= c <= "\udfff"
-                                               for turn in turns
-                                               for c in turn):
-        raise UserError(
-            f"{where}: wants an object with a text `prompt`, or with `turns`, a list of texts")
+    if not isinstance(turns, list) or not turns or not all(map(is_text, turns)):
+        raise UserError(f"{where}: wants an object with a text `prompt`, or with `turns`, a list "
+                        "of texts")
     return turns
+
+
+def is_text(turn):
+    """A lone surrogate, which JSON can escape, is no text."""
+    return isinstance(turn, str) and turn.strip() and not any(
+        "\ud800" <= c <= "\udfff" for c in turn)

@@ -32,13 +32,12 @@ from llama import KVCache
 # Exact kernels
 
 def exact_kernels(tf32=False):
-    """The settings under which a kernel's result depends on its inputs and their shapes alone. Call
-    before CUDA is used.
+    """The settings under which a kernel's result depends on its inputs and their shapes alone.
 
-    `llama.rows_are_alike` checks on the device at hand what these are for: that the rows of one
-    call are treated alike. Not set: torch.use_deterministic_algorithms. Of what a step calls it
+    Call before CUDA is used. `llama.rows_are_alike` checks on the device at hand what these are
+    for: that the rows of one call are treated alike. Not set: torch.use_deterministic_algorithms. Of what a step calls it
     would change index_copy_ alone, into a sort and several kernels a layer; that one is exact here,
-    because no position is written twice. `Sampler.scores` needs none either.
+    because no position is written twice. `Sampler.scores` needs it not either.
     """
     # cuBLAS may split a sum over workers, in an order that is fixed by the shape, the memory it may
     # use and nothing else, if that memory is one stream's own and of one size. This is the size
@@ -49,8 +48,7 @@ def exact_kernels(tf32=False):
     # the result.)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    # TF32 drops 13 of float32's 23 bits. It rounds all rows alike, but whoever says float32 means
-    # it.
+    # TF32 drops 13 of float32's 23 bits. It rounds all rows alike, but who says float32 means it.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     # cuDNN's attention chooses among kernels by a heuristic of its own, some of which split the
     # keys. What remains for a step, whose mask flash attention does not take, is the
@@ -60,16 +58,15 @@ def exact_kernels(tf32=False):
 
 
 def fuse_pointwise(backend="inductor"):
-    """Let torch.compile make one kernel of each chain of pointwise operations. For both who draft
-    and who do not, or neither.
+    """Let torch.compile make one kernel of each chain of pointwise operations.
 
-    Whole layers are not compiled: that would choose kernels by the length of the view, and take
-    minutes.
+    For both, who drafts and who does not, or for neither. Whole layers are not compiled: that would
+    choose kernels by the length of the view, and take minutes.
     """
     for name in ("rotate", "silu_and_multiply"):
         function = getattr(llama, name)
-        function = getattr(function, "_torchdynamo_orig_callable",
-                           function)  # not one that is compiled already
+        # Not one that is compiled already.
+        function = getattr(function, "_torchdynamo_orig_callable", function)
         setattr(llama, name, torch.compile(function, fullgraph=True, dynamic=True, backend=backend))
 
 
@@ -80,8 +77,8 @@ class CudaRecorder:
     """Records functions as CUDA graphs, which never run at once and so may share memory."""
 
     def __init__(self, device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(
-            device), torch.cuda.graph_pool_handle()
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function, inputs):
         # First run it unrecorded: what happens only once, such as compiling, must not be recorded.
@@ -98,8 +95,7 @@ class CudaRecorder:
 
 
 def direct_recorder(function, inputs):
-    """The stand-in where there is no GPU: replays by running the function, as recorded, on the
-    static inputs."""
+    """The stand-in where there is no GPU: replays by running the function on the static inputs."""
     outputs = function(*inputs)
 
     def replay():
@@ -109,8 +105,7 @@ def direct_recorder(function, inputs):
 
 
 class Graphs:
-    """Recordings by key. A key names the function and all that it depends on besides the values of
-    its tensors.
+    """Recordings by key, which names the function and all it depends on but its tensors' values.
 
     record(function, inputs) is to return (a function without arguments that replays, the outputs
     that this fills).
@@ -124,23 +119,19 @@ class Graphs:
         """function(*tensors), a tuple of tensors: recorded when the key is new, else replayed."""
         if key not in self.recordings:
             inputs = [tensor.clone() for tensor in tensors]
-            self.recordings[key] = function, inputs, *self.record(
-                function, inputs)  # keeps alive what the function uses
+            recording = self.record(function, inputs)
+            self.recordings[key] = function, inputs, *recording  # what it uses stays alive
         _, inputs, replay, outputs = self.recordings[key]
         for static, tensor in zip(inputs, tensors, strict=True):
             static.copy_(tensor)
         replay()
-        return tuple(
-            output.clone()
-            for output in outputs)  # the next replay, of any recording, may use this memory
+        # The next replay, of any recording, may use this memory.
+        return tuple(output.clone() for output in outputs)
 
     def forget(self, rows):
         """Drop the recordings that know this KV cache's rows."""
-        self.recordings = {
-            key: value
-            for key, value in self.recordings.items()
-            if id(rows) not in key
-        }
+        self.recordings = {key: recording for key, recording in self.recordings.items()
+                           if id(rows) not in key}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,27 +140,25 @@ class Graphs:
 class GraphedLlama:
     """A Llama whose decode steps are replayed. In everything else it is the model.
 
-    widths: the numbers of rows that are a decode step; other passes, as those of prefill, run as
+    widths: the numbers of rows that are a decode step. Other passes, as those of prefill, run as
     ever.
     """
 
     def __init__(self, model, widths, record=None):
         self.model, self.widths = model, widths
         self.graphs = Graphs(record or CudaRecorder(model.norm.weight.device))
-        self.room = 0  # positions that a KV cache shall have room for at least: growing it means recording anew
-        self.memory = {}    # by config: the KV cache that recordings know
-        self.lent = {}      # by config: a weak reference to the view of it that the last text got
+        self.room = 0     # positions that a KV cache has room for: growing means recording anew
+        self.memory = {}  # by config: the KV cache that recordings know
+        self.lent = {}    # by config: a weak reference to the view of it that the last text got
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
     def new_cache(self, length, config=None):
-        """As the model's own; its memory is that of the last text's cache, if nobody uses that any
-        more."""
+        """As the model's own, in the memory of the last text's cache if nobody uses that now."""
         config = config or self.model.config
-        if config in self.lent and self.lent[config](
-        ) is not None:  # two texts at once: the second goes without graphs
-            return self.model.new_cache(length, config)
+        if config in self.lent and self.lent[config]() is not None:
+            return self.model.new_cache(length, config)  # two texts at once: one without graphs
         memory = self.memory.get(config)
         if memory is None or memory.length < length:
             if memory is not None:
@@ -182,10 +171,9 @@ class GraphedLlama:
         return cache
 
     def step(self, name, function, x, positions, cache):
-        """function(x, positions, cache), replayed if this is a decode step on a cache that
-        recordings know."""
-        if cache is None or x.shape[1] not in self.widths or all(cache.rows is not known.rows
-                                                                 for known in self.memory.values()):
+        """function(x, positions, cache), replayed if it is a decode step on a known cache."""
+        known = cache is not None and any(cache.rows is m.rows for m in self.memory.values())
+        if not known or x.shape[1] not in self.widths:
             return function(x, positions, cache)
         rows, length, by_layer = cache.rows, cache.length, (cache.k, cache.v)
 
@@ -193,15 +181,15 @@ class GraphedLlama:
             view = KVCache(rows, length, by_layer)  # not `cache` itself, which may be on loan
             view.slots, view.columns = slots, columns
             return (function(x, positions, view),)
+
         slots = positions if cache.slots is None else cache.slots
         columns = [] if cache.columns is None else [cache.columns]
-        return self.graphs.run((name, tuple(x.shape), length, len(columns), id(rows)), recorded, x,
-                               positions, slots, *columns)[0]
+        key = name, tuple(x.shape), length, len(columns), id(rows)
+        return self.graphs.run(key, recorded, x, positions, slots, *columns)[0]
 
     def run_layers(self, x, positions, cache, first, last):
-        return self.step(("layers", first, last),
-                         partial(self.model.run_layers, first=first, last=last), x, positions,
-                         cache)
+        function = partial(self.model.run_layers, first=first, last=last)
+        return self.step(("layers", first, last), function, x, positions, cache)
 
     def logits(self, x):
         if x.shape[1] not in self.widths:
@@ -230,13 +218,14 @@ class GraphedAdapter:
 
 
 def graph_drafter(drafter):
-    """Replay also the LM head step of a new KangarooDrafter, from the adapter's state to the
-    confidences; returns the drafter."""
+    """Replay a new KangarooDrafter's LM head too, from adapter state to confidence; returns it."""
     unused = copy.copy(drafter)  # without a cache, so that the recording keeps none alive
 
     def predict(x):
-        key = "predict", id(unused.adapter), unused.sampler.temperature, unused.candidates, tuple(
-            x.shape)
+        candidates = getattr(unused, "candidates", 1)
+        key = ("predict", id(unused.adapter), unused.sampler.temperature, candidates,
+               tuple(x.shape))
         return unused.model.graphs.run(key, unused.predict, x)
+
     drafter.predict = predict
     return drafter

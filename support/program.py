@@ -23,13 +23,10 @@ def refuse_below_one(args, *names):
 
 
 def run_program(name, run, interrupted="interrupted"):
-    """run()'s exit status, None is 0; what the user can put right ends as one line and status 2.
-    All programs here start so."""
+    """run()'s exit status, None is 0; what the user can put right ends as one line and status 2."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal or a file that cannot take a character gets a ? for it
+        if hasattr(stream, "reconfigure"):  # what cannot take a character gets a ? for it
+            stream.reconfigure(errors="replace")
     try:
         return run() or 0
     except KeyboardInterrupt:
@@ -44,10 +41,11 @@ def run_program(name, run, interrupted="interrupted"):
         return 2
 
 
-
 def options(parser):
-    """A function option(name, metavar, text, default, **more) that adds a flag with its default
-    in the help. A default that depends on other things is told in the text."""
+    """A function option(name, metavar, text, default, **more) that adds a flag.
+
+    The help tells the default; one that depends on other things is told in the text.
+    """
     def option(name, metavar, text, default=None, **more):
         text += "" if default is None else f" (default: {default})"
         parser.add_argument(name, metavar=metavar, default=default, help=text, **more)

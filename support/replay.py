@@ -127,7 +127,7 @@ class Recorder:
         return text.replace("\ufffd", "") or f"‹{token}›"
 
     def data(self, result):
-        """The JSON object of the page; `result`: what `decode` returned, and what --compare adds."""
+        """The page's JSON object; `result`: what `decode` returned, and what --compare adds."""
         decoder, texts = self.decoder, iter(self.texts)
         for token in (token for round_ in self.rounds for token in round_["committed"]):
             token["text"] = "" if token["end"] else next(texts)

@@ -11,7 +11,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
-from kangaroo import Adapter
+from drafters.tree import TreeDrafter
+from kangaroo import Adapter, KangarooDrafter
 from llama import KVCache, Llama, LlamaConfig, Sampler, build, pack
 from support.checkpoint import named_weights
 from support.graphs import exact_kernels
@@ -73,13 +74,21 @@ def random_adapter(model, seed=0):
         seed)
 
 
+def kangaroo_drafter(model, adapter, exit_layer, threshold, sampler, width, candidates=1):
+    """A chain's drafter, or with more candidates a tree's."""
+    if candidates == 1:
+        return KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width)
+    return TreeDrafter(model, adapter, exit_layer, threshold, sampler, width, candidates)
+
+
 class PerfectAdapter:
     """The remaining layers of the target: it drafts what the target says, or with `sign` −1 what
     the target likes least."""
+    head = vocabulary = None
+    source = "perfect"
 
     def __init__(self, model, exit_layer, sign=1):
         self.model, self.exit_layer, self.sign, self.config = model, exit_layer, sign, model.config
-        self.head = self.vocabulary = None
 
     def __call__(self, x, positions, cache):
         return self.sign * self.model.norm(

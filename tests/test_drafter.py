@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
+from drafters.tree import TreeDrafter
 from kangaroo import KangarooDrafter, NoDrafter, generate
-from llama import KVCache, Sampler, generate_naive
+from llama import KVCache, Sampler, UserError, generate_naive
 
 
 class CheckedDrafter:
@@ -31,6 +32,7 @@ class CheckedDrafter:
     def __init__(self, make):
         self.make, self.inner = make, make()
         self.depth, self.prefill = self.inner.depth, self.inner.prefill
+        self.observe = self.inner.observe
 
     def draft(self, ids, n_max, cache):
         draft, fresh = self.inner.draft(ids, n_max, cache), self.make()
@@ -217,11 +219,12 @@ def test_host_syncs(kind, monkeypatch):
     drafter = {
         "none": NoDrafter, "lookup": PromptLookupDrafter,
         "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, sampler),
-        "tree": lambda m: KangarooDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3)
+        "tree": lambda m: TreeDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3)
     }[kind](model)
     if kind in ("kangaroo", "tree"):
-        children = drafter.children
-        drafter.children = lambda *args: levels.append(1) or children(*args)
+        name = "children" if kind == "tree" else "propose"
+        step = getattr(drafter, name)
+        setattr(drafter, name, lambda *args: levels.append(1) or step(*args))
     syncs = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy",
                  "nonzero"):
@@ -235,6 +238,57 @@ def test_host_syncs(kind, monkeypatch):
     assert len(syncs) == len(rounds) + len(levels)
     assert kind != "kangaroo" or len(levels) == sum(len(r.draft.tokens) for r in rounds)
     assert kind != "tree" or len(levels) < sum(len(r.draft.tokens) for r in rounds)
+
+
+class Observer:
+    """Keeps what a drafter is told: the committed tokens, and the target's state before each."""
+
+    def __init__(self, drafter):
+        self.drafter, self.depth, self.prefill = drafter, drafter.depth, drafter.prefill
+        self.draft, self.states, self.tokens, self.calls = drafter.draft, [], [], 0
+
+    def observe(self, hidden, choices, path):
+        assert hidden.shape[1] == len(choices)
+        self.states += [hidden[0, node] for node in (0, *path)[:hidden.shape[1]]]
+        self.tokens += [choices[node] for node in (0, *path)[:hidden.shape[1]]]
+        self.calls += 1
+
+
+@pytest.mark.parametrize("kind", ["chain", "tree", "lookup"])
+@given(seed=st.integers(0, 999), prompt_length=st.integers(1, 20), n=st.integers(1, 30))
+@settings(max_examples=15)
+def test_a_drafter_observes_what_is_committed(kind, seed, prompt_length, n):
+    """The prompt and every verification, accepted rows only, with the bits of vanilla's states: a
+    method that learns from the target would learn from rejected rows."""
+    model, width = random_model(TINY, seed), 16 if kind == "tree" else 8
+    prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
+    drafter = {"chain": lambda: KangarooDrafter(model, NoisyAdapter(model, 1), 1, 0),
+               "tree": lambda: TreeDrafter(model, PerfectAdapter(model, 1), 1, 0, candidates=3),
+               "lookup": lambda: PromptLookupDrafter(model)}[kind]()
+    seen, vanilla = Observer(drafter), Observer(NoDrafter(model))
+    runs = [list(generate(model, who, prompt, n, width=width)) for who in (seen, vanilla)]
+    ids = prompt + [token for r in runs[0] for token in r.tokens]
+    assert seen.tokens == vanilla.tokens == ids[1:] and seen.calls == 1 + len(runs[0])
+    for a, b in zip(seen.states, vanilla.states, strict=True):
+        assert torch.equal(a, b)
+
+
+class NanAdapter(PerfectAdapter):
+    source = "the damaged one"
+
+    def __call__(self, x, positions, cache):
+        return torch.full_like(x, torch.nan)
+
+
+@pytest.mark.parametrize("drafter", [KangarooDrafter, TreeDrafter])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_adapter_full_of_nan_is_an_error(drafter, temperature):
+    """It would draft nonsense in silence: the output right, the compression rate 1."""
+    model, sampler = random_model(), Sampler(temperature)
+    rounds = generate(model, drafter(model, NanAdapter(model, 1), 1, 0.5, sampler), [1, 2], 9,
+                      sampler=sampler, width=16)
+    with pytest.raises(UserError, match="the damaged one: the adapter's output is not finite"):
+        list(rounds)
 
 
 def test_prompt_lookup_proposes_what_came_last_after_the_same_words():

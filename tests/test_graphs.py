@@ -12,6 +12,7 @@ from helpers import (
     TINY,
     PerfectAdapter,
     block,
+    kangaroo_drafter,
     random_adapter,
     random_model,
     samplers,
@@ -25,8 +26,7 @@ import llama
 from drafters.lookup import PromptLookupDrafter
 from kangaroo import KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, one_shape
-from support.command_line import parse_arguments
-from support.decoder import Decoder
+from support.decoder import load
 from support.graphs import (
     CudaRecorder,
     GraphedAdapter,
@@ -75,8 +75,8 @@ def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, ca
     graphed = isinstance(model, GraphedLlama)
     if kind == "kangaroo":
         adapter = GraphedAdapter(adapter, model) if graphed else adapter
-        drafter = KangarooDrafter(model, adapter, exit_layer, threshold, options["sampler"],
-                                  options["width"], candidates)
+        drafter = kangaroo_drafter(model, adapter, exit_layer, threshold, options["sampler"],
+                                   options["width"], candidates)
         drafter = graph_drafter(drafter) if graphed else drafter
     else:
         drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
@@ -240,8 +240,8 @@ def test_what_a_recording_depends_on_is_in_its_key():
         adapter.draft_from(torch.arange(10 + len(stand_in.functions)), model.lm_head)
         for temperature in (0.0, 2.0):
             for candidates in (1, 4):
-                drafter = KangarooDrafter(graphed, adapter, 1, 0, Sampler(temperature), 16,
-                                          candidates)
+                sampler = Sampler(temperature)
+                drafter = kangaroo_drafter(graphed, adapter, 1, 0, sampler, 16, candidates)
                 plain = drafter.predict(x)
                 for a, b in zip(graph_drafter(drafter).predict(x), plain, strict=True):
                     assert torch.equal(a, b)
@@ -293,8 +293,8 @@ def test_no_copy_from_pageable_memory(width, candidates):
                 ways.append(("tensor", args))
             return function(*args, **kwargs or {})
 
-    drafter = KangarooDrafter(model, PerfectAdapter(model, 1), 1, 0.02, Sampler(0.7, 5, 0.9), width,
-                              candidates)
+    sampler = Sampler(0.7, 5, 0.9)
+    drafter = kangaroo_drafter(model, PerfectAdapter(model, 1), 1, 0.02, sampler, width, candidates)
     model(torch.tensor([[1, 2]]))  # RoPE's frequencies go to the device once
     with Watch():
         rounds = list(generate(model, drafter, [1, 2, 3], 30, 5, Sampler(0.7, 5, 0.9), width=width))
@@ -309,34 +309,34 @@ def test_tf32_is_off_unless_asked_for():
     for asked in (True, False):
         exact_kernels(tf32=asked)
         assert torch.get_float32_matmul_precision() == ("high" if asked else "highest")
-        assert not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_fp16_reduced_precision_reduction
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_fp16_reduced_precision_reduction
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--temperature", "0.8", "--seed", "3"], ["--tree", "--top-candidates", "3"]],
+    "more", [("kangaroo", None, {}), ("kangaroo", Sampler(0.8, seed=3), {}),
+             ("tree", None, {"top_candidates": 3})],
     ids=["greedy", "sampled", "tree"])
 def test_the_command_line_with_graphs(more, tmp_path):
     """`Decoder` decodes the same with graphs, drafting and vanilla, and says at the start which
     views will be recorded."""
     write_adapter(tmp_path / "model" / "adapter", write_model(tmp_path / "model"))
-    args = parse_arguments([
-        "--model",
-        str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40",
-        "--prompt", "-", *more
-    ])
-    plain, graphed = Decoder(args), Decoder(args)
+    drafter, sampler, settings = more
+    width = 16 if drafter == "tree" else 8
+    plain, graphed = (load(tmp_path / "model", device="cpu", dtype="float32", width=width)
+                      for _ in range(2))
     graphed.use_graphs(StandIn())
-    prompts = [
-        plain.encode(text)
-        for text in ("Once upon a time", "A much longer prompt: " + "the kangaroo jumped. " * 8)
-    ]
-    graphed.make_room(prompts)
-    assert "CUDA graphs for views of 64, 128" in graphed.settings and "CUDA" not in plain.settings
+    prompts = [plain.encode(text) for text in
+               ("Once upon a time", "A much longer prompt: " + "the kangaroo jumped. " * 8)]
+    graphed.make_room(prompts, 40)
+    assert "CUDA graphs for views of 64, 128" in graphed.describe(drafter)
+    assert "CUDA" not in plain.describe(drafter)
     for ids in prompts:
-        assert graphed.decode(ids, lambda *_: None)["ids"] == plain.decode(ids,
-                                                                           lambda *_: None)["ids"]
-        assert graphed.decode_vanilla(ids)["vanilla_ids"] == plain.decode_vanilla(
-            ids)["vanilla_ids"]
+        on, off = (decoder.generate(ids, drafter, 40, sampler, **settings)[1]["ids"]
+                   for decoder in (graphed, plain))
+        vanilla = [[token for r in decoder.rounds(ids, "none", 40, sampler) for token in r.tokens]
+                   for decoder in (graphed, plain)]
+        assert on == off == vanilla[0] == vanilla[1]
     assert graphed.model.graphs.record.replays > 100
 
 
@@ -376,7 +376,7 @@ def test_cuda_host_syncs(width, candidates):
                    steps=5, width=width)
     decode(graphed, "kangaroo", [1, 2, 3], 40, candidates=candidates,
            **options)  # recording synchronises
-    drafter = KangarooDrafter(graphed, GraphedAdapter(options["adapter"], graphed), 1, 0.0,
+    drafter = kangaroo_drafter(graphed, GraphedAdapter(options["adapter"], graphed), 1, 0.0,
                               options["sampler"], width, candidates)
     children = drafter.children
     drafter.children = lambda *args: steps.append(1) or children(*args)

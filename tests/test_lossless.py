@@ -28,11 +28,6 @@ from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, one_shape, room_for_draft, rows_are_alike
 
 
-class NanAdapter(PerfectAdapter):
-    def __call__(self, x, positions, cache):
-        return torch.full_like(x, torch.nan)
-
-
 class RandomDrafter(NoDrafter):
     """Proposes any tokens at all, so many as it may."""
 
@@ -45,12 +40,9 @@ class RandomDrafter(NoDrafter):
         return Draft(tokens, self.model.embed(ids[-1:] + tokens))
 
 
-ADAPTERS = {
-    "random": lambda model, exit_layer: random_adapter(model, 1), "perfect": PerfectAdapter,
-    "noisy": NoisyAdapter,
-    "adversarial": lambda model, exit_layer: PerfectAdapter(model, exit_layer, -1),
-    "nan": NanAdapter
-}
+ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1),
+            "perfect": PerfectAdapter, "noisy": NoisyAdapter,
+            "adversarial": lambda model, exit_layer: PerfectAdapter(model, exit_layer, -1)}
 
 
 def make_drafter(kind, model, exit_layer, threshold, sampler, width):

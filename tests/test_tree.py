@@ -23,6 +23,7 @@ from test_drafter import CheckedDrafter
 from test_lossless import ADAPTERS, assert_equal_bits, configs, decode
 
 import llama
+from drafters.tree import TreeDrafter
 from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, Sampler, one_shape, rows_are_alike
 
@@ -93,7 +94,7 @@ def test_any_tree_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, s
         if kind == "any tree":
             drafter = RandomTreeDrafter(model, seed, prompt + vanilla[0], width)
         else:
-            drafter = KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer,
+            drafter = TreeDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer,
                                       threshold, sampler, width, candidates)
         drafted = decode(model, drafter, prompt, n, garbage=7e3, **options)
         assert_equal_bits(model, prompt, vanilla, drafted)
@@ -152,7 +153,7 @@ def test_every_tree_is_that_of_a_fresh_drafter(device, seed, kind, sampler, step
             "random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter,
             "noisy": NoisyAdapter
         }[kind](model, exit_layer)
-        checked = CheckedDrafter(lambda: KangarooDrafter(model, adapter, exit_layer, threshold,
+        checked = CheckedDrafter(lambda: TreeDrafter(model, adapter, exit_layer, threshold,
                                                          sampler, width, candidates, nodes))
         prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
         rounds = list(generate(model, checked, prompt, 30, steps, sampler, width=width))
@@ -160,7 +161,7 @@ def test_every_tree_is_that_of_a_fresh_drafter(device, seed, kind, sampler, step
                    for r in rounds) == 30 and all(len(r.draft.tokens) <= nodes for r in rounds)
 
 
-class ChainDrafter(KangarooDrafter):
+class PlainDrafter(KangarooDrafter):
     """Drafting without any tree, in its plainest form: token after token, until one is unsure."""
 
     def draft(self, ids, n_max, cache):
@@ -186,16 +187,16 @@ def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, 
                                                   exit_layer, width):
     """K = 1: the same tokens, confidences and stops as a loop that knows no trees."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    runs = [
-        list(
-            generate(model, cls(model, random_adapter(model), exit_layer, threshold, sampler,
-                                width), [1, seed % 40], 25, steps, sampler, width=width))
-        for cls in (KangarooDrafter, ChainDrafter)
-    ]
-    for a, b in zip(*runs, strict=True):
-        assert a.tokens == b.tokens and a.draft.tokens == b.draft.tokens
-        assert a.draft.parents == list(range(len(a.draft.tokens)))
+    options = model, random_adapter(model), exit_layer, threshold, sampler, width
+    tree, chain, plain = (
+        list(generate(model, drafter, [1, seed % 40], 25, steps, sampler, width=width))
+        for drafter in (TreeDrafter(*options, 1), KangarooDrafter(*options), PlainDrafter(*options)))
+    for a, b, c in zip(tree, chain, plain, strict=True):
+        assert a.tokens == b.tokens == c.tokens
+        assert a.draft.tokens == b.draft.tokens == c.draft.tokens
+        assert a.draft.parents == b.draft.parents == list(range(len(a.draft.tokens)))
         assert a.draft.confidence == pytest.approx(b.draft.confidence, rel=1e-5)
+        assert b.draft.confidence == pytest.approx(c.draft.confidence, rel=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -210,7 +211,7 @@ def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, w
     model = random_model(TINY, seed, torch.float64, device=device)
     adapter = PerfectAdapter(
         model, exit_layer, 1 if sampler.temperature else 10_000)  # the same choice, but sure of it
-    drafter = KangarooDrafter(model, adapter, exit_layer, 0, sampler, width, candidates)
+    drafter = TreeDrafter(model, adapter, exit_layer, 0, sampler, width, candidates)
     with block(128):  # no edge cuts a draft short
         rounds = list(generate(model, drafter, [seed % 40], n, steps, sampler, width=width))
     assert len(rounds) == ceil(n / (steps + 1))
@@ -225,7 +226,7 @@ def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_l
     temperature. Guards the drafter's noise, and states or rows of the adapter that belong to
     another node."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler, 16,
+    drafter = TreeDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler, 16,
                               2)
     with block(128):
         rounds = list(generate(model, drafter, [seed % 40], 30, 3, sampler, width=16))
@@ -238,7 +239,7 @@ def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_l
 def test_an_adversarial_adapter_costs_a_round_a_token(device, seed, n, width):
     """Trees of what the target likes least: nothing is accepted, and nothing changes."""
     model = random_model(TINY, seed, torch.float64, device=device)
-    drafter = KangarooDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler(), width, 4)
+    drafter = TreeDrafter(model, PerfectAdapter(model, 1, -1), 1, 0, Sampler(), width, 4)
     rounds = list(generate(model, drafter, [1], n, width=width))
     assert len(rounds) == n and not any(r.accepted for r in rounds)
     assert [r.tokens for r in generate(model, NoDrafter(model), [1], n, width=width)
@@ -253,7 +254,7 @@ def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, ste
     """γ, K, `nodes` and η are kept; a leaf that was left out is no better than any leaf that is
     in."""
     model = random_model(TINY, seed, device=device)
-    drafter, offered = KangarooDrafter(model, PerfectAdapter(model, 1, 2), 1, threshold, Sampler(),
+    drafter, offered = TreeDrafter(model, PerfectAdapter(model, 1, 2), 1, threshold, Sampler(),
                                        16, candidates, nodes), []
     children = drafter.children
     drafter.children = lambda *args: offered[-1].extend(found := children(*args)) or found
