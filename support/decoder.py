@@ -19,12 +19,8 @@ import torch
 from drafters.lookup import PromptLookupDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
-<<<<<<< HEAD
-from llama import CHAIN_WIDTH, KVCache, Sampler, UserError, pack, rows_are_alike
-from support.chat import encode_chat, find_chat_template
-=======
 from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
->>>>>>> 0fb5c7a
+from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_adapter, load_llama, read_config
 from support.graphs import (
     GraphedAdapter,
