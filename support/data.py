@@ -204,19 +204,19 @@ def answers(template, turns, text, eos):
             continue
         begin = len(before)
         first = begin + text.startswith(" ", begin)
-        closed = text.startswith(turns[i], first) and closing.match(text, first + len(turns[i]))
-        until = closed.end() if closed else begin + in_common(
-            text[begin:], render_chat(template, turns[:i + 1], answer=False)[begin:])
-        closed = closing.search(text, begin, until)
+        said = first + len(turns[i]) if text.startswith(turns[i], first) else None
+        closed = said and closing.match(text, said)
+        if not closed:  # what else the template writes, it writes where this turn is the last too
+            alone = render_chat(template, turns[:i + 1], answer=False)
+            same = text.startswith(alone)
+            shared = len(alone) if same else begin + len(commonprefix([text[begin:],
+                                                                       alone[begin:]]))
+            said = len(alone.rstrip()) if same else said
+            closed = closing.search(text, begin, shared)
         if closed:
-            yield begin, closed.end()
-        elif turns[i] in text[begin:until]:
-            yield begin, begin + len(text[begin:until].rstrip())
-
-
-def in_common(a, b):
-    """The length of what both texts begin with."""
-    return len(b) if a.startswith(b) else len(commonprefix([a, b]))
+            yield begin, closing.search(text, begin).end()
+        elif said:
+            yield begin, said
 
 
 def prompt_of(document, tokenizer, template):

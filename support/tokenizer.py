@@ -202,6 +202,7 @@ class SentencePieceSplitter:
                                                               key=lambda item: len(item[0]))]
         self.pattern = re.compile(f"({'|'.join(patterns)})" if patterns else "($^)")
         self.by_id = {token["id"]: token for token in added.values()}
+        self.by_id.pop(processor.unk_id(), None)  # most often a character that is in no piece
 
     def __call__(self, text, after=None):
         parts, ids = self.pattern.split(text), []
@@ -239,7 +240,9 @@ class JoiningSplitter:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.special = {i: t.content for i, t in tokenizer.get_added_tokens_decoder().items()}
+        unknown = getattr(tokenizer.model, "unk_token", None)  # most often no special token
+        self.special = {i: token.content for i, token
+                        in tokenizer.get_added_tokens_decoder().items() if token.content != unknown}
         first = tokenizer.encode("a", add_special_tokens=False).tokens[:1]
         self.prefixes = first != ["a"]
 
