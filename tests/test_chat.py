@@ -57,6 +57,8 @@ THINKING = ("{% for m in messages %}{% if m.role == 'user' %}{{ '<u>' + m.conten
             "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}")
 ADDED = {"340": {"content": "<u>", "special": True}, "341": {"content": "<a>", "special": True},
          "342": {"content": "<e>", "special": True}}
+END = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False,
+       "normalized": False, "single_word": False}
 BOS, EOS = 1, 2
 
 
@@ -64,7 +66,7 @@ BOS, EOS = 1, 2
 def folder(tmp_path):
     """Writes a model folder's metadata: the template in tokenizer_config.json, and files."""
     def write(source=None, files=(), **metadata):
-        metadata = {"bos_token": "<s>", "eos_token": {"content": "</s>"}} | metadata
+        metadata = {"bos_token": "<s>", "eos_token": END} | metadata
         metadata |= {} if source is None else {"chat_template": source}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(metadata))
         for name, text in dict(files).items():
@@ -433,6 +435,7 @@ def test_ids_are_those_of_transformers(folder, vocabulary, name, legacy, seed):
     added = {i: token | FLAGS[(int(i) + seed) % 4] for i, token in ADDED.items()}
     where = folder(OWN[name], legacy=legacy, add_bos_token=seed != 1, add_eos_token=seed == 2,
                    added_tokens_decoder=added if seed else {}, tokenizer_class="LlamaTokenizer",
+                   additional_special_tokens=["<u>", "<a>", "<e>"] if seed or legacy else [],
                    pad_token="[PAD]" if seed == 2 else None)
     shutil.copy(vocabulary, where)
     theirs = transformers.LlamaTokenizer.from_pretrained(where)
@@ -440,7 +443,7 @@ def test_ids_are_those_of_transformers(folder, vocabulary, name, legacy, seed):
     template = find_chat_template(where)[1]
     for text in ("the stones", " the  stones ", "a</s>b <s> c", "x\n\n<u>\n y <e> z<a>", "é 🦘</s>",
                  "▁the", "<unk>the [PAD] x", ""):
-        assert ours.encode(text) == theirs(text).input_ids or text.startswith("<s>")
+        assert ours.encode(text) == theirs(text).input_ids
     for turns in (["the stones"], [" a ", "b</s>c", "<u> \nd"], ["1", "2", "3", "4 ", "5"]):
         messages = [{"role": "assistant" if i % 2 else "user", "content": turn}
                     for i, turn in enumerate(turns)]
