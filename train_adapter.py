@@ -296,9 +296,6 @@ class Training:
                               eos=config.eos_token_ids,
                               max_length=min(args.max_length, config.max_position_embeddings))
         self.documents, self.held = split(args.data, args.allow_truncated)
-        if self.rank == 0 and self.template.note and any(isinstance(d, list)
-                                                         for d in self.documents):
-            print(self.template.note, file=sys.stderr)
         self.tested, self.coverage = self.held or self.documents[:1], 1.0
         examples = [self.encode(document) for document in self.tested[:args.eval_documents]]
         self.held_batches = batches_of(examples, args.batch_tokens)
@@ -319,6 +316,8 @@ class Training:
             self.state = load_checkpoint(self.checkpoint, self.adapter, [self.optimizer],
                                          made_with)
         if self.rank == 0:
+            if self.template.note and any(isinstance(d, list) for d in self.documents):
+                print(self.template.note, file=sys.stderr)
             print(self.describe(dtype), file=sys.stderr)
             trim_log(self.log, self.state["step"])
             self.held_out = [self.target.states(*batch) for batch in self.held_batches]

@@ -85,7 +85,7 @@ class ChatTemplate:
 
 CHAT_TEMPLATES = {name: ChatTemplate(name, source.removeprefix("\n"), f"--chat {name}")
                   for name, source in SOURCES.items()}
-CHAT_TEMPLATES["none"] = ChatTemplate("none", "", "--chat none")
+CHAT_TEMPLATES["none"] = ChatTemplate("none", "", "--chat none")  # the text as it is
 
 
 def jinja_environment():
@@ -184,7 +184,7 @@ def refuse_unheard(template, system):
     except UserError as e:
         raise UserError(f"--system: {e}") from None
     if not heard:
-        raise UserError(f"--system: {template.where} takes no system message")
+        raise UserError(f"--system: the chat template of {template.where} takes no system message")
 
 
 # --------------------------------------------------------------------------------------------------

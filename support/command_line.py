@@ -154,6 +154,8 @@ def run(args):
     settings = decoder.settings(args.drafter, **wanted)
     all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
     decoder.make_room(all_ids, args.max_new_tokens)
+    if args.model and decoder.template.note:
+        print(decoder.template.note, file=sys.stderr)
     print(decoder.describe(args.drafter, settings), file=sys.stderr)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")

@@ -69,8 +69,8 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
     False: none. device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more
     than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only. system: a
-    message before all turns, if the chat template takes one. A line on standard error says which
-    template is taken where a folder has none, except for the default model.
+    message before all turns, if the chat template takes one. Where the folder has no template,
+    `template.note` says what is taken.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -81,8 +81,6 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
         raise UserError(f"--width {width}: must be from 1 to {KVCache.BLOCK}")
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
-    if template.note and folder.resolve() != DEFAULT_MODEL.resolve():
-        print(template.note, file=sys.stderr)
     tokenizer = Tokenizer(folder, read_config(folder))
     llama, facts = load_llama(folder, device, dtype), {}
     if adapter is None and (folder / "adapter").is_dir():

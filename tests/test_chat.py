@@ -13,8 +13,8 @@ from test_tokenizer import write_byte_level, write_like_llama, write_prepending
 
 from llama import UserError
 from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
+from support.command_line import main
 from support.data import encode, prompt_of
-from support.decoder import load
 from support.tokenizer import Tokenizer
 
 # Templates as models have them, each with something of its own.
@@ -105,7 +105,7 @@ def test_the_folders_program_is_run(folder, name, one, three):
 
 
 def test_which_of_a_folders_templates(folder):
-    """Guards against the tool template of a list, and against one older than chat_template.jinja."""
+    """Guards against the tool template of a list, or one older than chat_template.jinja."""
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     assert rendered(folder(several), ["A?"]) == "plain"
     assert find_chat_template(folder(several[:1]))[0] == "none"
@@ -161,7 +161,7 @@ def test_a_system_message(folder, name):
     where = folder(OWN.get(name))
     chat = None if name in OWN else name
     if name == "none":
-        with pytest.raises(UserError, match="--system: --chat none takes no system message"):
+        with pytest.raises(UserError, match="--system: .* of --chat none takes no system"):
             find_chat_template(where, chat, system="Be brief.")
         return
     text, plain = rendered(where, ["A?"], name=chat, system="Be brief."), rendered(where, ["A?"],
@@ -173,8 +173,8 @@ def test_a_system_message(folder, name):
 def test_a_template_without_system_messages(folder):
     """Guards against a traceback, or silence, where a template takes none."""
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
-    for source, message in ((refuses, "--system: .*tokenizer_config.json: .*No system!"),
-                            ("{{ messages[-1].content }}", "--system: .* takes no system message")):
+    for source, message in ((refuses, "--system: .*config.json: .*No system!"),
+                            ("{{ messages[-1].content }}", "--system: .*config.json takes no sy")):
         with pytest.raises(UserError, match=message):
             find_chat_template(folder(source), system="Be brief.")
 
@@ -235,15 +235,18 @@ def test_a_folder_without_a_template(folder, config, name, said):
     assert find_chat_template(folder("x"))[1].note is None
 
 
-def test_load_says_which_template_it_takes(tmp_path, capsys):
+def test_who_gave_a_model_is_told_which_template(tmp_path, capsys):
     """Guards against silence about a guess, and against noise where the folder or the user says, or
     nobody has chosen a model."""
     write_model(tmp_path / "vicuna")
-    decoder = load(tmp_path / "vicuna", device="cpu", dtype="float32")
-    assert decoder.chat == "vicuna" and "Vicuna's" in capsys.readouterr().err
-    load(tmp_path / "vicuna", device="cpu", dtype="float32", chat="none")
-    load(device="cpu", dtype="float32", adapter=False)
-    assert capsys.readouterr().err == ""
+    common = ["--prompt", "the", "--drafter", "lookup", "--max-new-tokens", "1", "--dtype",
+              "float32", "--device", "cpu"]
+    for arguments, lines in ((["--model", str(tmp_path / "vicuna")], 2), ([], 1),
+                             (["--model", str(tmp_path / "vicuna"), "--chat", "none"], 1)):
+        main([*common, *arguments])
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == lines and ("Vicuna's" in told[0]) == (lines == 2)
+        assert f"chat template {'vicuna' if lines == 2 else 'none'}" in told[-1]
 
 
 # --------------------------------------------------------------------------------------------------
