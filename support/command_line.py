@@ -46,8 +46,7 @@ def make_parser():
     option("--top-p", "P", "sample from the likeliest tokens of total probability P",
            greedy.top_p, type=float)
     option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
-    option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model "
-           "folder's, or none)")
+    option("--chat", "NAME", f"{', '.join(CHAT_TEMPLATES)} (default: the model folder's)")
     option("--system", "TEXT", "a system message, for chat templates that take one")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is "
            "fast at it)")
