@@ -51,7 +51,8 @@ def added_tokens(folder, metadata):
     path, added = folder / "tokenizer_config.json", {}
     try:
         for i, token in (metadata.get("added_tokens_decoder") or {}).items():
-            added[token["content"]] = token | {"id": int(i)}
+            if token["content"]:
+                added[token["content"]] = token | {"id": int(i)}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: added_tokens_decoder must map ids to objects with `content`"
                         ) from None
@@ -60,7 +61,24 @@ def added_tokens(folder, metadata):
         data = read_json(path)
         if not all(isinstance(i, int) for i in data.values()):
             raise UserError(f"{path}: must map texts to ids")
-        added = {text: {"id": i} for text, i in data.items()}
+        added = {text: {"id": i} for text, i in data.items() if text}
+    return added
+
+
+def with_named_tokens(metadata, processor):
+    """The added tokens of a sentencepiece folder, and all that have a name or a role of their own;
+    those that sentencepiece does not know come behind its last."""
+    added, size = dict(metadata["added"]), processor.vocab_size()
+    for i in filter(processor.is_control, range(size)):
+        added.setdefault(processor.id_to_piece(i), {"id": i, "special": True})
+    extra = metadata.get("additional_special_tokens") or []
+    extra = [token.get("content") if isinstance(token, dict) else token for token in extra]
+    for text in [*map(metadata.get, NAMED), *extra]:
+        if text and text not in added:
+            i = processor.piece_to_id(text)
+            size = max([size, *(token["id"] + 1 for token in added.values())])
+            known = processor.id_to_piece(i) == text
+            added[text] = {"id": i if known else size, "special": True}
     return added
 
 
@@ -106,11 +124,14 @@ class Tokenizer:
     def with_bos(self, ids):
         """The ids with BOS before them, if the model wants it and they have none."""
         wanted = self.add_bos and self.bos is not None and ids[:1] != [self.bos]
-        return [self.bos, *ids] if wanted else ids
+        return self.within([self.bos, *ids]) if wanted else ids
 
     def encode_part(self, text, after=None):
         """The ids of a text that follows the token `after`; None: that begins."""
-        ids = self.split(text, after)
+        return self.within(self.split(text, after))
+
+    def within(self, ids):
+        """The ids; UserError if the model's embedding has no row for one."""
         beyond = max(ids, default=0)
         if beyond >= self.vocab_size:
             raise UserError(
@@ -128,18 +149,7 @@ class Tokenizer:
         except (RuntimeError, OSError) as e:
             raise UserError(
                 f"{self.path}: not a sentencepiece model ({str(e).strip()})") from None
-        metadata, added = self.metadata, dict(self.metadata["added"])
-        size = processor.vocab_size()
-        for i in filter(processor.is_control, range(size)):
-            added.setdefault(processor.id_to_piece(i), {"id": i, "special": True})
-        extra = metadata.get("additional_special_tokens") or []
-        extra = [token.get("content") if isinstance(token, dict) else token for token in extra]
-        for text in [*map(metadata.get, NAMED), *extra]:
-            if text and text not in added:
-                i = processor.piece_to_id(text)
-                known = processor.id_to_piece(i) == text
-                size = max([size, *(token["id"] + 1 for token in added.values())])
-                added[text] = {"id": i if known else size, "special": True}
+        metadata, added = self.metadata, with_named_tokens(self.metadata, processor)
         self.bos, self.eos = (added[metadata[name]]["id"] if metadata.get(name) else None
                               for name in ("bos_token", "eos_token"))
         self.bos = processor.bos_id() if self.bos is None and processor.bos_id() >= 0 else self.bos

@@ -176,7 +176,8 @@ def test_eos_is_added_where_the_tokenizer_says_so(variant):
     [({"340": {"content": "<|im_start|>", "special": True}}, "<|im_start|>", [340]),
      ({"340": {"content": "<pad>", "special": False}}, "<pad></s>", [340, EOS]),
      ({"0": {"content": "<unk>", "special": True}}, "<unk>", [0]),
-     ({"340": {"content": "<|x|>"}, "341": {"content": "<|x|>+"}}, "<|x|>+<|x|>", [341, 340])],
+     ({"340": {"content": "<|x|>", "special": True}, "0": {"content": ""},
+       "341": {"content": "<|x|>+", "special": True}}, "<|x|>+<|x|>", [341, 340])],
     ids=str)
 def test_added_tokens_are_one_id_each(variant, added, text, ids):
     """Guards against the tokens of a chat template spelt out in letters; the longest of those that
@@ -232,6 +233,8 @@ def test_a_token_beyond_the_embedding_is_refused_when_it_occurs(variant, tmp_pat
     assert tokenizer.decode(tokenizer.encode("the stones")) == "the stones"
     with pytest.raises(UserError, match=rf"{kind}: .*'\[PAD\]', which is {size}, .* = {size}"):
         tokenizer.encode("the[PAD]")
+    with pytest.raises(UserError, match="'<new>', which is 340"):
+        variant({"bos_token": "<new>"}).encode("the")
 
 
 @pytest.mark.parametrize("name, damage", [
