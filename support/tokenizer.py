@@ -2,12 +2,12 @@
 
 A model folder brings `tokenizer.model` (sentencepiece) or `tokenizer.json` (needs the optional
 package `tokenizers`). The ids are those that transformers makes. Where its versions 4 and 5
-disagree, they are those that such models were trained with:
+disagree, version 4 is followed: folders older than version 5 were made and used with it.
 
-    a folder that names no `legacy`     ▁ after every special token (version 4)
-    two blanks in a row                 as sentencepiece splits them (version 4)
-    a folder with both files            tokenizer.json says where ▁ goes (both)
-    no tokenizer_config.json            BOS before plain text (version 4)
+    `legacy` absent, null or true       ▁ after every special token; 5: for Llamas not
+    tokenizer.model and tokenizer.json  the latter says where ▁ goes; 5 does not ask it
+    two blanks in a row                 split as sentencepiece does; 5: for Llamas not
+    no tokenizer_config.json            BOS before plain text; 5: none
 
 Chats are `support/chat.py`. Left out on purpose: truncation, padding, pairs of texts.
 """

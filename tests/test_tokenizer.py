@@ -145,7 +145,7 @@ def test_a_prefix_space_can_be_declined(variant, sentencepiece_folder):
     ({"pre_tokenizer": {"prepend_scheme": "always"}}, True), ({}, False)],
     ids=["prepend", "first", "always", "silent"])
 def test_tokenizer_json_says_where_a_word_begins(variant, beside, begins):
-    """Guards TinyLlama: it says legacy false, but was trained with the tokenizer.json beside
+    """Guards TinyLlama: it says legacy false, but transformers 4 reads the tokenizer.json beside
     tokenizer.model, which puts ▁ after every special token."""
     tokenizer = variant({"legacy": not begins if beside else False}, tokenizer=beside)
     ids = tokenizer.encode("</s>the")
