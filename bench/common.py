@@ -22,11 +22,11 @@ import torch
 from kangaroo import generate
 from llama import CHAIN_WIDTH, KVCache, Llama, Sampler, UserError, build, room_for_draft
 from support import command_line
+from support.chat import encode_chat
 from support.checkpoint import read_json
 from support.data import json_turns
 from support.decoder import ADAPTED, Settings, load, timed
 from support.program import Parser
-from support.tokenizer import render_chat
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -138,7 +138,7 @@ def pick(path, each=ALL, skip=0):
 def ids_of(decoder, question, longest):
     """The ids of a first turn; of one that is too long the last ones, with room for one more."""
     longest = min(longest, decoder.model.config.max_position_embeddings - 1)
-    return decoder.tokenizer.encode(render_chat(decoder.template, question.turns[:1]))[-longest:]
+    return encode_chat(decoder.tokenizer, decoder.template, question.turns[:1])[-longest:]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from pathlib import Path
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
 from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
+from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import ADAPTED, DEFAULT_MODEL, DRAFTERS, load, seed_of, timed
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, write_page
-from support.tokenizer import CHAT_TEMPLATES
 
 DRAFTING = [name for name in DRAFTERS if name != "tree"]  # which --tree names
 
@@ -46,8 +46,8 @@ def make_parser():
            greedy.top_p, type=float)
     option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
     option("--samples", "N", "texts of each prompt; --json tells the seed of each", 1, type=int)
-    option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model "
-           "folder's, or none)")
+    option("--chat", "NAME", f"{', '.join(CHAT_TEMPLATES)} (default: the model folder's)")
+    option("--system", "TEXT", "a system message, for chat templates that take one")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is "
            "fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -174,12 +174,14 @@ def run(args):
     decoder = load(args.model or DEFAULT_MODEL,
                    args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
                    args.width, args.chat, args.exit_layer, args.tf32, args.compile,
-                   graphs=not (args.no_graphs or args.trace))
+                   graphs=not (args.no_graphs or args.trace), system=args.system)
     wanted = {"steps": args.steps, "threshold": args.threshold,
               "top_candidates": args.top_candidates, "nodes": args.nodes}
     settings = decoder.settings(args.drafter, **wanted)
     all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
     decoder.make_room(all_ids, args.max_new_tokens)
+    if args.model and decoder.template.note:
+        print(decoder.template.note, file=sys.stderr)
     print(decoder.describe(args.drafter, settings), file=sys.stderr)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")

@@ -21,6 +21,7 @@ from drafters.lookup import PromptLookupDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
+from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_adapter, load_llama, read_config
 from support.graphs import (
     GraphedAdapter,
@@ -29,7 +30,7 @@ from support.graphs import (
     fuse_pointwise,
     graph_drafter,
 )
-from support.tokenizer import TextStream, Tokenizer, find_chat_template, render_chat
+from support.tokenizer import TextStream, Tokenizer
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
 DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "lookup": PromptLookupDrafter,
@@ -63,12 +64,14 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
 
 
 def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
-         exit_layer=None, tf32=False, compile=False, graphs=True):
+         exit_layer=None, tf32=False, compile=False, graphs=True, system=None):
     """A Decoder for a model folder.
 
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
     False: none. device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more
-    than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only.
+    than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only. system: a
+    message before all turns, if the chat template takes one. Where the folder has no template,
+    `template.note` says what is taken.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -78,7 +81,7 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if not 1 <= width <= KVCache.BLOCK:
         raise UserError(f"--width {width}: must be from 1 to {KVCache.BLOCK}")
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
-    chat, template = find_chat_template(folder, chat)
+    chat, template = find_chat_template(folder, chat, system)
     tokenizer = Tokenizer(folder, read_config(folder))
     llama, facts = load_llama(folder, device, dtype), {}
     if adapter is None and (folder / "adapter").is_dir():
@@ -126,7 +129,7 @@ class Decoder:
 
     def encode(self, *turns):
         """Turns of user, assistant, user, … (usually one) -> the ids that decoding starts from."""
-        ids = self.tokenizer.encode(render_chat(self.template, turns))
+        ids = encode_chat(self.tokenizer, self.template, turns)
         context = self.model.config.max_position_embeddings
         if not 0 < len(ids) < context:
             limit = "sliding_window" if self.model.config.sliding_window else (
