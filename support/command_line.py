@@ -37,7 +37,8 @@ def make_parser():
     option("--drafter", "NAME", "kangaroo, lookup, or none for vanilla decoding", "kangaroo")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
-    option("--steps", "γ", f"the most tokens drafted in a round (default: the adapter's or {STEPS})", type=int)
+    option("--steps", "γ", "the most tokens drafted in a round (default: the adapter's or "
+           f"{STEPS})", type=int)
     option("--threshold", "η", "stop drafting at this top-1 probability, 0 … 1 (default: the "
            f"adapter's or {THRESHOLD})", type=float)
     option("--temperature", "T", "0 is greedy", greedy.temperature, type=float)
@@ -56,7 +57,8 @@ def make_parser():
          f"{TREE_THRESHOLD}")
     option("--top-candidates", "K", "the most children of a node of the tree (default: the "
            f"adapter's or {TOP_CANDIDATES})", type=int)
-    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or the width − 1)", type=int)
+    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or the width − 1)",
+           type=int)
     option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} "
            f"(default: {TREE_WIDTH}); 1 with --drafter none is the plain baseline", type=int)
     flag("--no-graphs", action="store_true",

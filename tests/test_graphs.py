@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import llama
 from drafters.lookup import PromptLookupDrafter
-from kangaroo import KangarooDrafter, NoDrafter, generate
+from kangaroo import NoDrafter, generate
 from llama import KVCache, Sampler, one_shape
 from support.decoder import load
 from support.graphs import (
