@@ -25,7 +25,7 @@ from support import command_line
 from support.chat import encode_chat
 from support.checkpoint import read_json
 from support.data import json_turns
-from support.decoder import ADAPTED, Settings, load, timed
+from support.decoder import Settings, timed
 from support.program import Parser
 
 # --------------------------------------------------------------------------------------------------
@@ -87,11 +87,7 @@ def asked_for(args, options):
         "--prompt", "-", "--model", str(args.model), "--adapter", str(args.adapter),
         "--max-new-tokens", str(args.new_tokens), *options])
     sampler = Sampler(more.temperature, more.top_k, more.top_p, more.seed)
-    decoder = load(more.model, more.adapter if more.drafter in ADAPTED else False, more.device,
-                   more.dtype, more.width, more.chat, more.exit_layer, more.tf32, more.compile,
-                   graphs=not more.no_graphs)
-    settings = decoder.settings(more.drafter, steps=more.steps, threshold=more.threshold,
-                                top_candidates=more.top_candidates, nodes=more.nodes)
+    decoder, settings = command_line.prepare(more)
     return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)
 
 

@@ -162,25 +162,58 @@ def vanilla(decoder, ids, args, sampler):
             "vanilla_seconds": sum(seconds)}
 
 
-def run(args):
-    """Decode all prompts and print; returns the exit status."""
+def prepare(args):
+    """(decoder, settings) that parsed arguments ask for."""
+    # The page wants to see each layer run, so --trace goes without graphs.
+    decoder = load(args.model or DEFAULT_MODEL,
+                   args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
+                   args.width, args.chat, args.exit_layer, args.tf32, args.compile,
+                   graphs=not (args.no_graphs or args.trace), system=args.system)
+    return decoder, decoder.settings(args.drafter, **wanted(args))
+
+
+def wanted(args):
+    """The settings of a drafter that the user gave, others as None."""
+    return {name: getattr(args, name)
+            for name in ("steps", "threshold", "top_candidates", "nodes")}
+
+
+def texts_wanted(args):
+    """[(prompt, number of the sample, sampler)]: every text that is to be decoded."""
     prompts = read_prompts(args.prompt, args.prompts)
     if args.trace and len(prompts) > 1:
         raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds "
                         f"{len(prompts)}")
     if args.trace and args.samples > 1:
         raise UserError(f"--trace {args.trace}: replays one text, leave out --samples")
-    samplers = [[Sampler(args.temperature, args.top_k, args.top_p, seed_of(args.seed, i, j))
-                 for j in range(args.samples)] for i in range(len(prompts))]
-    # The page wants to see each layer run, so --trace goes without graphs.
-    decoder = load(args.model or DEFAULT_MODEL,
-                   args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
-                   args.width, args.chat, args.exit_layer, args.tf32, args.compile,
-                   graphs=not (args.no_graphs or args.trace), system=args.system)
-    wanted = {"steps": args.steps, "threshold": args.threshold,
-              "top_candidates": args.top_candidates, "nodes": args.nodes}
-    settings = decoder.settings(args.drafter, **wanted)
-    all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
+    return [(prompt, sample, Sampler(args.temperature, args.top_k, args.top_p,
+                                     seed_of(args.seed, i, sample)))
+            for i, prompt in enumerate(prompts) for sample in range(args.samples)]
+
+
+def decode(decoder, args, prompt, ids, sampler, show, vanilla_first):
+    """What --json prints of one text."""
+    compared = vanilla(decoder, ids, args, sampler) if args.compare and vanilla_first else {}
+    options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
+                   show=show, **wanted(args))
+    if args.trace:
+        recorder = Recorder(decoder, prompt, ids, options)
+        result = recorder.decode()
+    else:
+        result = decoder.generate(ids, **options)[1]
+    if args.compare:
+        result |= compared or vanilla(decoder, ids, args, sampler)
+        result["identical"] = result["ids"] == result["vanilla_ids"]
+    if args.trace:
+        write_page(args.trace, recorder.data(result))
+    return result
+
+
+def run(args):
+    """Decode all prompts and print; returns the exit status."""
+    texts = texts_wanted(args)
+    decoder, settings = prepare(args)
+    all_ids = [decoder.encode(prompt) for prompt, _, _ in texts]  # errors come before any output
     decoder.make_room(all_ids, args.max_new_tokens)
     if args.model and decoder.template.note:
         print(decoder.template.note, file=sys.stderr)
@@ -194,27 +227,16 @@ def run(args):
 
     if args.compare:  # the first pass over a shape compiles kernels: nobody's fault
         for drafter in (args.drafter, "none"):
-            list(decoder.rounds(all_ids[0], drafter, 8, samplers[0][0]))
-    todo = [(prompt, ids, j, sampler) for prompt, ids, row in zip(prompts, all_ids, samplers)
-            for j, sampler in enumerate(row)]
+            list(decoder.rounds(all_ids[0], drafter, 8, texts[0][2]))
     results = []
-    for i, (prompt, ids, sample, sampler) in enumerate(todo):
-        compared = vanilla(decoder, ids, args, sampler) if args.compare and i % 2 else {}
-        if not args.json and (decoder.chat == "none" or len(todo) > 1):
+    for i, ((prompt, sample, sampler), ids) in enumerate(zip(texts, all_ids)):
+        if not args.json and (decoder.chat == "none" or len(texts) > 1):
             print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
-        options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
-                       show=show, **wanted)
-        recorder = Recorder(decoder, prompt, ids, options) if args.trace else None
-        result = recorder.decode() if recorder else decoder.generate(ids, **options)[1]
-        result |= {"sample": sample, "seed": sampler.seed}
-        if args.compare:  # neither is always second
-            result |= compared or vanilla(decoder, ids, args, sampler)
-            result["identical"] = result["ids"] == result["vanilla_ids"]
-        last = i + 1 == len(todo)
-        print(json.dumps(result) if args.json else "" if last else "\n", flush=True)
-        results.append(result)
-        if recorder:
-            write_page(args.trace, recorder.data(result))
+        # Neither is always second.
+        result = decode(decoder, args, prompt, ids, sampler, show, vanilla_first=i % 2)
+        results.append(result | {"sample": sample, "seed": sampler.seed})
+        end = "" if i + 1 == len(texts) else "\n"
+        print(json.dumps(results[-1]) if args.json else end, flush=True)
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     if text := warning(results, decoder, args.drafter):
         print(text, file=sys.stderr)

@@ -211,15 +211,18 @@ class Decoder:
         return graph_drafter(drafter) if self.graphed else drafter
 
     def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,
-               settings=None):
+               settings=None, eos=None):
         """Decode a list of ids; yields a `kangaroo.Round` for every verification.
 
-        drafter: a name in DRAFTERS. width: None is the decoder's own, which the weights are packed
-        for. settings: as `self.settings` returns them.
+        drafter: a name in DRAFTERS, or a drafter of one's own. sampler: None is greedy. width: None
+        is the decoder's own, which the weights are packed for. settings: as `self.settings` returns
+        them. eos: the ids that end a text; None is the model's own.
         """
-        settings = settings or self.settings(drafter)
-        return generate(self.model, self.drafter(drafter, sampler, settings), ids, max_new_tokens,
-                        settings.steps, sampler, self.model.config.eos_token_ids,
+        named = isinstance(drafter, str)
+        settings = settings or self.settings(drafter if named else "none")
+        drafter = self.drafter(drafter, sampler, settings) if named else drafter
+        eos = self.model.config.eos_token_ids if eos is None else eos
+        return generate(self.model, drafter, ids, max_new_tokens, settings.steps, sampler, eos,
                         width or self.width)
 
     def generate(self, prompt, drafter="kangaroo", max_new_tokens=128, sampler=None,
