@@ -225,7 +225,7 @@ class Decoded(NamedTuple):
     @property
     def step(self):
         """Median seconds of a draft step; of a tree that is a level."""
-        return statistics.median(seconds / (1 + max(r.draft.depth()))
+        return statistics.median(seconds / (1 + max(r.draft.levels()))
                                  for r, seconds in zip(self.rounds, self.drafting))
 
     @property

@@ -140,7 +140,7 @@ def warning(results, decoder, drafter):
     if "trees" in results[0]:
         trees = [Draft(tree["tokens"], None, parents=tree["parents"])
                  for r in results for tree in r["trees"]]
-        drafted = sum(max(tree.depth()) for tree in trees)
+        drafted = sum(max(tree.levels()) for tree in trees)
     else:
         drafted = sum(sum(r["drafted"]) for r in results)
     accepted = sum(sum(r["accepted"]) for r in results)

@@ -200,14 +200,14 @@ class Decoder:
             views = self.model.describe(min(map(len, prompts)) - 1, max(ends) - 2)
             self.room = f" · {views}"
 
-    def drafter(self, name="kangaroo", sampler=None, settings=None):
+    def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
         """A drafter for one text, by its name in DRAFTERS."""
         settings = settings or self.settings(name)
         if name not in ADAPTED:
             return DRAFTERS[name](self.model)
         more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
         drafter = DRAFTERS[name](self.model, self.adapter, self.exit_layer, settings.threshold,
-                                 sampler, self.width, *more)
+                                 sampler, width or self.width, *more)
         return graph_drafter(drafter) if self.graphed else drafter
 
     def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,
@@ -220,7 +220,7 @@ class Decoder:
         """
         named = isinstance(drafter, str)
         settings = settings or self.settings(drafter if named else "none")
-        drafter = self.drafter(drafter, sampler, settings) if named else drafter
+        drafter = self.drafter(drafter, sampler, settings, width) if named else drafter
         eos = self.model.config.eos_token_ids if eos is None else eos
         return generate(self.model, drafter, ids, max_new_tokens, settings.steps, sampler, eos,
                         width or self.width)

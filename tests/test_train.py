@@ -274,7 +274,7 @@ def test_the_adapter_decodes_as_it_was_trained(architecture, strides):
     x = torch.randn(1, 150, TINY.hidden_size, generator=torch.Generator().manual_seed(6),
                     dtype=torch.float64)
     drafter = KangarooDrafter(random_model(), adapter, 1)
-    drafter.cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
+    drafter.adapter_cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
     whole, end, i = adapter(x, torch.arange(150))[0], 0, 0
     while (end := end + strides[i % len(strides)]) <= 150:
         i += 1
