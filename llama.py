@@ -122,8 +122,8 @@ def one_shape(x, start, cache, width, parents=None):
 
     x (1, T ≤ width, d) are the live rows, from position `start` on. A product of 1 row and one of 5
     rows may run different kernels, add up in different orders and round differently. So every step
-    has `width` rows and a view set by `start`; the dead rows are zeros. What they write to the cache lies beyond the live
-    rows, where no live row sees it and the next step overwrites it.
+    has `width` rows and a view set by `start`; the dead rows are zeros. What they write lies beyond
+    the live rows, where no live row sees it and the next step overwrites it.
 
     With `parents` the rows are the last T nodes of a tree: node 0 is its root, at position `start`;
     parents[i − 1] < i is the parent of node i. Node i lies at row start + i of the cache, its slot,
