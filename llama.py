@@ -532,11 +532,12 @@ def rows_are_alike(model, width, start=None):
     view than over a short one, twice that.
     """
     if start is None:
-        starts = (KVCache.BLOCK // 2, 32 * KVCache.BLOCK + KVCache.BLOCK // 2)
-        starts = starts if model.norm.weight.is_cuda else starts[:1]
+        first = (1 - width) % KVCache.BLOCK  # from here on there is room for a whole draft
+        starts = (first, first + 32 * KVCache.BLOCK) if model.norm.weight.is_cuda else (first,)
         return all(rows_are_alike(model, width, start) for start in starts)
     depth = min(2, len(model.layers))
     generator = torch.Generator().manual_seed(0)
+    assert room_for_draft(start, width) == width - 1
     before = KVCache.zeros(model.config, depth, start + 2 * width, model.norm.weight)
     before.rows.copy_(torch.randn(before.rows.shape, generator=generator))
     x = model.embed(torch.randint(model.config.vocab_size, (width,), generator=generator).tolist())
