@@ -89,7 +89,8 @@ def asked_for(args, options):
     sampler = Sampler(more.temperature, more.top_k, more.top_p, more.seed)
     decoder = load(more.model, more.adapter if more.drafter in ADAPTED else False, more.device,
                    more.dtype, more.width, more.chat, more.exit_layer, more.tf32, more.compile,
-                   graphs=not more.no_graphs)
+                   graphs=not more.no_graphs, draft_model=more.draft_model,
+                   datastore=more.datastore)
     settings = decoder.settings(more.drafter, steps=more.steps, threshold=more.threshold,
                                 top_candidates=more.top_candidates, nodes=more.nodes)
     return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)

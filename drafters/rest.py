@@ -23,7 +23,6 @@ from itertools import takewhile
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 import torch.nn.functional as F
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A model folder brings `tokenizer.model` (sentencepiece) or `tokenizer.json` (nee
 package `tokenizers`). Chat templates are the five common ones by name; the Jinja programs in
 tokenizer_config.json are recognised, not run.
 """
+import hashlib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -80,8 +81,8 @@ def render_chat(template, turns):
 
 class Tokenizer:
     """encode(text) -> ids, with the beginning-of-sequence token if the model wants it; decode(ids)
-    -> text without special tokens. Special tokens such as </s> are recognised in the text, as
-    Hugging Face does."""
+    -> text without special tokens; vocabulary() -> {token: id}. Special tokens such as </s> are
+    recognised in the text, as Hugging Face does."""
 
     def __init__(self, folder, config):
         folder = Path(folder)
@@ -150,6 +151,8 @@ class Tokenizer:
                 [i for i in ids if i < processor.vocab_size() and i not in special.values()])
 
         self.encode_text, self.decode = encode, decode
+        self.vocabulary = lambda: {
+            processor.id_to_piece(i): i for i in range(processor.vocab_size())} | special
         return max([processor.vocab_size() - 1, *special.values()]) + 1
 
     def load_tokenizers(self, path):
@@ -170,12 +173,30 @@ class Tokenizer:
         self.add_bos = self.metadata.get("add_bos_token", self.bos in begin)
         self.encode_text = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.decode = lambda ids: tokenizer.decode(list(ids))
+        self.vocabulary = tokenizer.get_vocab
         return tokenizer.get_vocab_size()
 
     def encode(self, text):
         ids = self.encode_text(text)
         return [self.bos, *ids
                 ] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
+
+
+def vocabulary_digest(tokenizer):
+    """16 hex digits that tell one mapping of tokens to ids from another."""
+    return hashlib.sha256(repr(sorted(tokenizer.vocabulary().items())).encode(
+        "utf-8", "replace")).hexdigest()[:16]
+
+
+def difference(here, there):
+    """What tells the tokenizer `there` from the one `here`, in words; None if nothing does."""
+    here, there = here.vocabulary(), there.vocabulary()
+    differ = [token for token in here | there if here.get(token) != there.get(token)]
+    if not differ:
+        return None
+    token = min(differ, key=lambda token: here.get(token, there.get(token)))
+    return (f"{len(differ)} tokens have other ids, as {token!r}: {there.get(token, 'none')} in "
+            f"place of {here.get(token, 'none')}")
 
 
 class TextStream:
