@@ -186,7 +186,7 @@ def test_a_draft_model_full_of_nan_is_an_error(temperature):
 # --------------------------------------------------------------------------------------------------
 # Retrieval
 
-documents = st.lists(st.lists(st.integers(0, 2), max_size=40), min_size=1, max_size=8)
+documents = st.lists(st.lists(st.integers(0, 2), max_size=24), min_size=1, max_size=5)
 
 
 @given(texts=documents, ids=st.lists(st.integers(0, 3), min_size=1, max_size=30),

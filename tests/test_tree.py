@@ -84,8 +84,9 @@ def misheard(text, seed):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
-    [*ADAPTERS, "any tree", "any tree", "rest"]), sampler=samplers, prompt_length=st.integers(1, 40),
-       n=st.integers(1, 40), width=WIDTHS, data=st.data(), packed=st.booleans(),
+    [*ADAPTERS, "any tree", "any tree", "rest"]), sampler=samplers,
+       prompt_length=st.integers(1, 40), n=st.integers(1, 40), width=WIDTHS, data=st.data(),
+       packed=st.booleans(),
        threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0]), eos=st.sets(st.integers(0, 39),
                                                                      max_size=2))
 @examples(30)
