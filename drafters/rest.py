@@ -39,7 +39,8 @@ class Datastore:
     """The tokens (n,) of documents, END behind each, and the order (n,) of their suffixes, both
     int32."""
 
-    def __init__(self, tokens, order):
+    def __init__(self, tokens, order, source="datastore"):
+        self.source = source  # where it comes from, for messages
         # One number at a time is read here, which is slow of a tensor.
         self.tokens, self.order = (
             array("i", ctypes.string_at(t.data_ptr(), t.nbytes)) for t in (tokens, order))

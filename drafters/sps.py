@@ -30,11 +30,10 @@ class SpsDrafter(NoDrafter):
 
     Serves one call of `generate`, whose width and sampler it shares.
     """
-    source = "the draft model (--draft-model)"
-
     def __init__(self, model, draft_model, threshold=SPS_THRESHOLD, sampler=None, width=WIDTH):
         super().__init__(model)
         self.draft_model, self.threshold = draft_model, threshold
+        self.source = getattr(draft_model, "source", "draft model")
         self.sampler, self.width = sampler or Sampler(), width
         self.run = partial(draft_model.run_layers, first=0, last=len(draft_model.layers))
 

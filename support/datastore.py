@@ -51,7 +51,7 @@ def read_datastore(path, tokenizer, vocab_size):
                 t.min() < least or t.max() >= end):
             raise UserError(f"{path}: damaged, {name} must be as many int32 as there are tokens, "
                             f"from {least} to {end - 1}; {MAKE_ONE}")
-    return Datastore(tokens, order)
+    return Datastore(tokens, order, str(path))
 
 
 def joined(documents):

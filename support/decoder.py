@@ -44,6 +44,8 @@ DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
 DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "lookup": PromptLookupDrafter,
             "sps": SpsDrafter, "rest": RestDrafter, "none": NoDrafter}
 ADAPTED = "kangaroo", "tree"  # the drafters that need an adapter
+# What other drafters need: the attribute of Decoder, and the flag.
+NEEDS = {"sps": ("draft_model", "--draft-model DIR"), "rest": ("datastore", "--datastore FILE")}
 
 
 def pick_device_and_dtype(device=None, dtype=None, tf32=False):
@@ -125,7 +127,9 @@ def load_draft_model(folder, target, tokenizer, device, dtype, width):
     if what := difference(tokenizer, Tokenizer(folder, read_config(folder))):
         raise UserError(f"{folder}: has another tokenizer than {target} ({what}), --draft-model "
                         "wants a model with the same")
-    return pack(load_llama(folder, device, dtype), width)
+    model = pack(load_llama(folder, device, dtype), width)
+    model.source = str(folder)  # as an adapter has it
+    return model
 
 
 @dataclass
@@ -179,10 +183,9 @@ class Decoder:
         if drafter in ADAPTED and self.adapter is None:
             raise UserError(f"no adapter for {self.folder}: give --adapter DIR (or `random`), or "
                             "--drafter lookup or none")
-        for name, needed, flag in (("sps", self.draft_model, "--draft-model DIR"),
-                                   ("rest", self.datastore, "--datastore FILE")):
-            if drafter == name and needed is None:
-                raise UserError(f"--drafter {name}: give {flag} too")
+        needed, flag = NEEDS.get(drafter, ("model", ""))
+        if getattr(self, needed) is None:
+            raise UserError(f"--drafter {drafter}: give {flag} too")
         found, width = asdict(Settings(STEPS, THRESHOLD)), self.width
         facts = self.facts if drafter in ADAPTED else {}
         if drafter == "tree":  # what suits a chain need not suit a tree
@@ -221,9 +224,10 @@ class Decoder:
                 text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
         elif drafter in ("sps", "rest"):
             s = settings or self.settings(drafter)
-            text = f"drafter {drafter}, γ {s.steps}, "
-            text += (f"η {s.threshold:g}" if drafter == "sps" else
-                     f"tree of {s.nodes} nodes" if self.drafts_trees(drafter) else "a chain")
+            source = getattr(self, NEEDS[drafter][0]).source
+            text = f"drafter {drafter} with {Path(source).name}, γ {s.steps}"
+            text += f", η {s.threshold:g}" if drafter == "sps" else ""
+            text += f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else ""
         else:
             text = f"drafter {drafter}"
         parts += [text, f"width {self.width}"]
