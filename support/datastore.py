@@ -46,7 +46,7 @@ def read_datastore(path, tokenizer, vocab_size):
                         f"{vocabulary_digest(tokenizer)}), {MAKE_ONE}")
     tokens, order = (entries[name][1]() for name in ("tokens", "order"))
     for name, t, least, end in (("tokens", tokens, END, vocab_size),
-                                ("order", order, 0, len(tokens))):
+                                ("order", order, 0, tokens.numel())):
         if t.dtype != torch.int32 or t.shape != tokens.shape or t.dim() != 1 or not len(t) or (
                 t.min() < least or t.max() >= end):
             raise UserError(f"{path}: damaged, {name} must be as many int32 as there are tokens, "
