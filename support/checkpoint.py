@@ -55,13 +55,16 @@ def write_atomically(path, data):
         raise UserError(f"{path}: cannot be written ({e.strerror})") from None
 
 
-def write_safetensors(path, tensors):
-    """Write {name: tensor}, atomically. Needs no NumPy, as safetensors.torch does."""
+def write_safetensors(path, tensors, facts=None):
+    """Write {name: tensor}, and {name: text} of facts, atomically.
+
+    Needs no NumPy, as safetensors.torch does.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     specs = {name: TensorSpec(dtype=str(t.dtype).removeprefix("torch."), shape=t.shape,
                               data_ptr=t.data_ptr(), data_len=t.nbytes)
              for name, t in tensors.items()}
-    write_atomically(path, serialize(specs, {"format": "pt"}))
+    write_atomically(path, serialize(specs, {"format": "pt"} | (facts or {})))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -32,9 +32,12 @@ def make_parser():
     option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
            "`turns`")
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
-    option("--adapter", "DIR", "the adapter's folder, or `random` (default: the folder `adapter` "
-           "in the model's)")
-    option("--drafter", "NAME", "kangaroo, lookup, or none for vanilla decoding", "kangaroo")
+    option("--adapter", "DIR", "the adapter's folder, or `random` (default: `adapter` in the "
+           "model's)")
+    option("--drafter", "NAME", "kangaroo, lookup, sps, rest, or none for vanilla decoding",
+           "kangaroo")
+    option("--draft-model", "DIR", "for sps: a small model's folder (default: none)")
+    option("--datastore", "FILE", "for rest: what drafters/rest.py has made (default: none)")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
     option("--steps", "γ", "the most tokens drafted in a round (default: the adapter's or "
@@ -104,7 +107,12 @@ def parse_arguments(argv):
              f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),
             (tree or args.top_candidates is None, "--top-candidates: is for a tree, give --tree "
              "too"),
-            (tree or args.nodes is None, "--nodes: is for a tree, give --tree too")):
+            (tree or args.drafter == "rest" or args.nodes is None,
+             "--nodes: is for a tree, give --tree too"),
+            (args.drafter == "sps" or args.draft_model is None,
+             f"--draft-model {args.draft_model}: is for --drafter sps"),
+            (args.drafter == "rest" or args.datastore is None,
+             f"--datastore {args.datastore}: is for --drafter rest")):
         if not fits:
             raise UserError(message)
     args.drafter = "tree" if tree else args.drafter
@@ -168,7 +176,8 @@ def prepare(args):
     decoder = load(args.model or DEFAULT_MODEL,
                    args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
                    args.width, args.chat, args.exit_layer, args.tf32, args.compile,
-                   graphs=not (args.no_graphs or args.trace), system=args.system)
+                   graphs=not (args.no_graphs or args.trace), system=args.system,
+                   draft_model=args.draft_model, datastore=args.datastore)
     return decoder, decoder.settings(args.drafter, **wanted(args))
 
 

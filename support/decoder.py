@@ -18,11 +18,14 @@ from pathlib import Path
 import torch
 
 from drafters.lookup import PromptLookupDrafter
+from drafters.rest import REST_STEPS, RestDrafter
+from drafters.sps import SPS_THRESHOLD, SpsDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
 from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_adapter, load_llama, read_config
+from support.datastore import read_datastore
 from support.graphs import (
     GraphedAdapter,
     GraphedLlama,
@@ -30,12 +33,14 @@ from support.graphs import (
     fuse_pointwise,
     graph_drafter,
 )
-from support.tokenizer import TextStream, Tokenizer
+from support.tokenizer import TextStream, Tokenizer, difference
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
 DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "lookup": PromptLookupDrafter,
-            "none": NoDrafter}
+            "sps": SpsDrafter, "rest": RestDrafter, "none": NoDrafter}
 ADAPTED = "kangaroo", "tree"  # the drafters that need an adapter
+# What other drafters need: the attribute of Decoder, and the flag.
+NEEDS = {"sps": ("draft_model", "--draft-model DIR"), "rest": ("datastore", "--datastore FILE")}
 
 
 def pick_device_and_dtype(device=None, dtype=None, tf32=False):
@@ -64,14 +69,16 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
 
 
 def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
-         exit_layer=None, tf32=False, compile=False, graphs=True, system=None):
+         exit_layer=None, tf32=False, compile=False, graphs=True, system=None, draft_model=None,
+         datastore=None):
     """A Decoder for a model folder.
 
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
     False: none. device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more
     than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only. system: a
     message before all turns, if the chat template takes one. Where the folder has no template,
-    `template.note` says what is taken.
+    `template.note` says what is taken. draft_model: a model folder, for the drafter sps. datastore:
+    a file, for the drafter rest.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -83,6 +90,10 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
     tokenizer = Tokenizer(folder, read_config(folder))
+    if draft_model is not None:
+        draft_model = load_draft_model(Path(draft_model), folder, tokenizer, device, dtype, width)
+    if datastore is not None:
+        datastore = read_datastore(datastore, tokenizer, read_config(folder).vocab_size)
     llama, facts = load_llama(folder, device, dtype), {}
     if adapter is None and (folder / "adapter").is_dir():
         adapter = folder / "adapter"
@@ -96,10 +107,26 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if width > 1 and not rows_are_alike(llama, width):
         print(f"warning: {device} does not treat the rows of a {dtype} step of width {width} "
               "alike, so the output may differ from vanilla decoding", file=sys.stderr)
-    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width)
+    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width, draft_model,
+                      datastore)
     if device.type == "cuda" and graphs:
         decoder.use_graphs()
     return decoder
+
+
+def load_draft_model(folder, target, tokenizer, device, dtype, width):
+    """The Llama of a folder, packed; UserError unless it has the tokenizer of the folder `target`.
+
+    What it says in other tokens, the target would never accept.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder, --draft-model wants that of a small model")
+    if what := difference(tokenizer, Tokenizer(folder, read_config(folder))):
+        raise UserError(f"{folder}: has another tokenizer than {target} ({what}), --draft-model "
+                        "wants a model with the same")
+    model = pack(load_llama(folder, device, dtype), width)
+    model.source = str(folder)  # as an adapter has it
+    return model
 
 
 @dataclass
@@ -112,13 +139,15 @@ class Settings:
 
 
 class Decoder:
-    """A model, its adapter and its tokenizer, ready to decode one prompt after another."""
+    """A model, its tokenizer and what drafters need, ready to decode one prompt after another."""
 
-    def __init__(self, folder, model, tokenizer, chat, template, adapter, facts, width):
+    def __init__(self, folder, model, tokenizer, chat, template, adapter, facts, width,
+                 draft_model=None, datastore=None):
         self.folder, self.model, self.tokenizer, self.width = folder, model, tokenizer, width
         self.chat, self.template = chat, template
         self.adapter, self.facts = adapter, facts  # facts: the adapter's config.json
         self.exit_layer = facts.get("exit_layer", 0)
+        self.draft_model, self.datastore = draft_model, datastore
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         self.graphed, self.room = False, ""
 
@@ -126,6 +155,8 @@ class Decoder:
         """Replay the decode steps from here on; `record` as in `graphs.Graphs`."""
         self.graphed, self.model = True, GraphedLlama(self.model, (self.width,), record)
         self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
+        if self.draft_model:
+            self.draft_model = GraphedLlama(self.draft_model, (self.width,), record)
 
     def encode(self, *turns):
         """Turns of user, assistant, user, … (usually one) -> the ids that decoding starts from."""
@@ -149,11 +180,18 @@ class Decoder:
         if drafter in ADAPTED and self.adapter is None:
             raise UserError(f"no adapter for {self.folder}: give --adapter DIR (or `random`), or "
                             "--drafter lookup or none")
+        needed, flag = NEEDS.get(drafter, ("model", ""))
+        if getattr(self, needed) is None:
+            raise UserError(f"--drafter {drafter}: give {flag} too")
         found, width = asdict(Settings(STEPS, THRESHOLD)), self.width
         facts = self.facts if drafter in ADAPTED else {}
         if drafter == "tree":  # what suits a chain need not suit a tree
             found = asdict(Settings(TREE_STEPS, TREE_THRESHOLD, TOP_CANDIDATES, width))
             facts = facts.get("tree", {})
+        elif drafter == "sps":
+            found["threshold"] = SPS_THRESHOLD
+        elif drafter == "rest":
+            found |= {"steps": REST_STEPS, "nodes": width}
         found |= {name: facts[name] for name in found if name in facts}
         found |= {name: min(found[name], width - 1) for name in ("steps", "nodes")}
         found |= {name: value for name, value in wanted.items() if value is not None}
@@ -166,7 +204,7 @@ class Decoder:
                  f"--width {width}: must be above {CHAIN_WIDTH} for --tree"),
                 (drafter != "tree" or candidates >= 1,
                  f"--top-candidates {candidates}: must be at least 1"),
-                (drafter != "tree" or 1 <= nodes < width,
+                (drafter not in ("tree", "rest") or min(1, width - 1) <= nodes < width,
                  f"--nodes {nodes}: must be from 1 to {width - 1}, {below}")):
             if not fits:
                 raise UserError(message)
@@ -181,12 +219,21 @@ class Decoder:
             text = f"drafter exit layer {self.exit_layer}, γ {s.steps}, η {s.threshold:g}"
             if drafter == "tree":
                 text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
+        elif drafter in ("sps", "rest"):
+            s = settings or self.settings(drafter)
+            source = getattr(self, NEEDS[drafter][0]).source
+            text = f"drafter {drafter} with {Path(source).name}, γ {s.steps}"
+            text += f", η {s.threshold:g}" if drafter == "sps" else ""
+            text += f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else ""
         else:
             text = f"drafter {drafter}"
         parts += [text, f"width {self.width}"]
         if self.model.config.sliding_window:
             parts.append(f"context {self.model.config.sliding_window} (sliding_window)")
         return " · ".join(parts) + self.room
+
+    def drafts_trees(self, drafter):
+        return drafter == "tree" or drafter == "rest" and self.width > CHAIN_WIDTH
 
     def make_room(self, prompts, max_new_tokens):
         """Before decoding these lists of ids with graphs: room in the caches for the longest.
@@ -197,12 +244,19 @@ class Decoder:
             context = self.model.config.max_position_embeddings
             ends = [min(len(ids) + max_new_tokens, context) for ids in prompts]
             self.model.room = max(ends) + 2 * self.width
+            if self.draft_model:
+                self.draft_model.room = self.model.room
             views = self.model.describe(min(map(len, prompts)) - 1, max(ends) - 2)
             self.room = f" · {views}"
 
     def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
         """A drafter for one text, by its name in DRAFTERS."""
         settings = settings or self.settings(name)
+        if name == "sps":
+            return SpsDrafter(self.model, self.draft_model, settings.threshold, sampler,
+                              width or self.width)
+        if name == "rest":
+            return RestDrafter(self.model, self.datastore, width or self.width, settings.nodes)
         if name not in ADAPTED:
             return DRAFTERS[name](self.model)
         more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
@@ -238,7 +292,7 @@ class Decoder:
         stream, eos = TextStream(self.tokenizer, ids), self.model.config.eos_token_ids
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [],
                   "accepted": [], "seconds": 0.0}
-        trees = result.setdefault("trees", []) if drafter == "tree" else None
+        trees = result.setdefault("trees", []) if self.drafts_trees(drafter) else None
 
         def put(text, drafted):
             if not result["text"] and self.chat != "none":

@@ -11,6 +11,7 @@ disagree, version 4 is followed: folders older than version 5 were made and used
 
 Chats are `support/chat.py`. Left out on purpose: truncation, padding, pairs of texts.
 """
+import hashlib
 import re
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def writes_prefixes(path):
 
 class Tokenizer:
     """encode(text) -> ids of a plain text, with the tokens that the model wants around it;
-    encode_part(text) -> ids of the text alone; decode(ids) -> text without special tokens.
+    encode_part(text) -> ids of the text alone; decode(ids) -> text without special tokens;
+    vocabulary() -> {token: id}.
 
     Special tokens such as </s> are recognised in a text, as transformers does.
     """
@@ -158,6 +160,8 @@ class Tokenizer:
         hidden = {token["id"] for token in added.values() if token.get("special")}
         texts = dict(enumerate(processor.id_to_piece(list(range(processor.vocab_size())))))
         self.text_of = (texts | {token["id"]: text for text, token in added.items()}).get
+        self.vocabulary = lambda: {text: i for i, text in texts.items()} | {
+            text: token["id"] for text, token in added.items()}
         self.split = SentencePieceSplitter(processor, bare, added, self.prefix())
         self.decode = lambda ids: processor.decode(
             [i for i in ids if i < processor.vocab_size() and i not in hidden])
@@ -196,7 +200,7 @@ class Tokenizer:
         default = self.bos in around or "LlamaTokenizer" in str(metadata.get("tokenizer_class"))
         self.add_bos = metadata.get("add_bos_token", default)
         self.add_eos = metadata.get("add_eos_token", self.eos in around and self.eos != self.bos)
-        self.text_of = tokenizer.id_to_token
+        self.text_of, self.vocabulary = tokenizer.id_to_token, tokenizer.get_vocab
         self.split = JoiningSplitter(tokenizer)
         self.decode = lambda ids: tokenizer.decode(list(ids))
 
@@ -277,6 +281,23 @@ class JoiningSplitter:
 
 # --------------------------------------------------------------------------------------------------
 # Streaming
+
+def vocabulary_digest(tokenizer):
+    """16 hex digits that tell one mapping of tokens to ids from another."""
+    return hashlib.sha256(repr(sorted(tokenizer.vocabulary().items())).encode(
+        "utf-8", "replace")).hexdigest()[:16]
+
+
+def difference(here, there):
+    """What tells the tokenizer `there` from the one `here`, in words; None if nothing does."""
+    here, there = here.vocabulary(), there.vocabulary()
+    differ = [token for token in here | there if here.get(token) != there.get(token)]
+    if not differ:
+        return None
+    token = min(differ, key=lambda token: here.get(token, there.get(token)))
+    return (f"{len(differ)} tokens have other ids, as {token!r}: {there.get(token, 'none')} in "
+            f"place of {here.get(token, 'none')}")
+
 
 class TextStream:
     """Turns tokens into text as they come, and never shows half a character: a token may end in the

@@ -11,10 +11,12 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
+from drafters.rest import Datastore, suffix_order
 from drafters.tree import TreeDrafter
 from kangaroo import Adapter, KangarooDrafter
 from llama import KVCache, Llama, LlamaConfig, Sampler, build, pack
 from support.checkpoint import named_weights
+from support.datastore import joined
 from support.graphs import exact_kernels
 
 DEVICES = [
@@ -112,6 +114,11 @@ class NoisyAdapter(PerfectAdapter):
         h = super().__call__(x, positions, cache)
         lucky = torch.tensor([hash((p, 7)) % 3 > 0 for p in positions.tolist()], device=h.device)
         return torch.where(lucky[:, None], h, -h)
+
+
+def datastore(documents):
+    tokens = joined(documents)
+    return Datastore(tokens, suffix_order(tokens))
 
 
 @contextmanager

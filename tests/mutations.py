@@ -107,6 +107,33 @@ TREE_MUTATIONS = [
     ("a child of another node is accepted", "kangaroo.py",
      "if edge == (node, token)), 0)", "if edge[1] == token and i > node), 0)"),
 ]
+METHOD_TESTS = ["tests/test_methods.py"]
+SPS, REST = "drafters/sps.py", "drafters/rest.py"
+METHOD_MUTATIONS = [
+    ("the draft model keeps rejected positions", SPS,
+     "self.seen = min(self.seen, len(ids) - 1)", "pass"),
+    ("the draft model misses the last token of a full accept", SPS,
+     "self.seen = min(self.seen, len(ids) - 1)", "self.seen = len(ids) - 1"),
+    ("the draft model's noise keyed by draft index", SPS,
+     "self.sampler.choose(logits, len(ids))", "self.sampler.choose(logits, 0)"),
+    ("a step of the draft model crosses the edge of a view", SPS,
+     "1 + room_for_draft(self.seen, self.width)", "self.width"),
+    ("the draft model's padding is drafted", SPS,
+     "return F.pad(logits, (0, more), value=-math.inf)", "return logits"),
+    ("the draft model goes on beyond its context", SPS,
+     "self.draft_model.config.max_position_embeddings - len(ids)", "n_max"),
+    ("a continuation goes on in the next document", REST,
+     "takewhile(lambda token: token != END, text)", "text"),
+    ("a match at the end of a document counts", REST, 'key + array("i", [0])', "key"),
+    ("documents run into one another", "support/datastore.py",
+     "        tokens.append(END)\n", ""),
+    ("suffixes are sorted by too few tokens", REST, "for k in 1, 2, 4, 8, 16:",
+     "for k in 1, 2, 4:"),
+    ("a branch hangs below another node", REST, "node[path[:-1]] for path in best",
+     "max(0, node[path] - 1) for path in best"),
+    ("a datastore of another tokenizer is read", "support/datastore.py",
+     "if made_with != vocabulary_digest(tokenizer):", "if False:"),
+]
 GRAPH_TESTS = ["tests/test_graphs.py"]
 GRAPHS = "support/graphs.py"
 GRAPH_MUTATIONS = [
@@ -138,7 +165,8 @@ GRAPH_MUTATIONS = [
 ]
 
 
-SUITES = ((TESTS, MUTATIONS), (TREE_TESTS, TREE_MUTATIONS), (GRAPH_TESTS, GRAPH_MUTATIONS))
+SUITES = ((TESTS, MUTATIONS), (TREE_TESTS, TREE_MUTATIONS), (METHOD_TESTS, METHOD_MUTATIONS),
+          (GRAPH_TESTS, GRAPH_MUTATIONS))
 
 
 def mutated(file, old, new):

@@ -12,6 +12,7 @@ from helpers import (
     NoisyAdapter,
     PerfectAdapter,
     block,
+    datastore,
     examples,
     random_adapter,
     random_model,
@@ -21,6 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
+from drafters.rest import RestDrafter
+from drafters.sps import SpsDrafter
 from drafters.tree import TreeDrafter
 from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, UserError, generate_naive
@@ -212,7 +215,7 @@ def uncounted(calls, function):
     return call
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo", "tree"])
+@pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo", "tree", "sps", "rest"])
 def test_host_syncs(kind, monkeypatch):
     """One a drafted token (in a tree: one for all open nodes) and one a round: each more costs a
     GPU its queue."""
@@ -221,9 +224,11 @@ def test_host_syncs(kind, monkeypatch):
     drafter = {
         "none": NoDrafter, "lookup": PromptLookupDrafter,
         "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, sampler),
-        "tree": lambda m: TreeDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3)
+        "tree": lambda m: TreeDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3),
+        "sps": lambda m: SpsDrafter(m, m, 0.1, sampler),
+        "rest": lambda m: RestDrafter(m, datastore([[i, j] for i in range(40) for j in range(9)]))
     }[kind](model)
-    if kind in ("kangaroo", "tree"):
+    if kind in ("kangaroo", "tree", "sps"):
         name = "children" if kind == "tree" else "propose"
         step = getattr(drafter, name)
         setattr(drafter, name, lambda *args: levels.append(1) or step(*args))
@@ -238,7 +243,8 @@ def test_host_syncs(kind, monkeypatch):
         generate(model, drafter, [1, 2, 3, 2, 3, 1, 2], 30, sampler=Sampler(0.7, 5, 0.9),
                  width=width))
     assert len(syncs) == len(rounds) + len(levels)
-    assert kind != "kangaroo" or len(levels) == sum(len(r.draft.tokens) for r in rounds)
+    drafted = sum(len(r.draft.tokens) for r in rounds)
+    assert kind not in ("kangaroo", "sps") or len(levels) == drafted
     assert kind != "tree" or len(levels) < sum(len(r.draft.tokens) for r in rounds)
 
 

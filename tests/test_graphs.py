@@ -356,15 +356,16 @@ def test_tf32_is_off_unless_asked_for():
 
 @pytest.mark.parametrize(
     "more", [("kangaroo", None, {}), ("kangaroo", Sampler(0.8, seed=3), {}),
-             ("tree", None, {"top_candidates": 3})],
-    ids=["greedy", "sampled", "tree"])
+             ("tree", None, {"top_candidates": 3}), ("sps", None, {})],
+    ids=["greedy", "sampled", "tree", "sps"])
 def test_the_command_line_with_graphs(more, tmp_path):
     """`Decoder` decodes the same with graphs, drafting and vanilla, and says at the start which
     views will be recorded."""
     write_adapter(tmp_path / "model" / "adapter", write_model(tmp_path / "model"))
     drafter, sampler, settings = more
     width = 16 if drafter == "tree" else 8
-    plain, graphed = (load(tmp_path / "model", device="cpu", dtype="float32", width=width)
+    plain, graphed = (load(tmp_path / "model", device="cpu", dtype="float32", width=width,
+                           draft_model=tmp_path / "model" if drafter == "sps" else None)
                       for _ in range(2))
     graphed.use_graphs(StandIn())
     prompts = [plain.encode(text) for text in

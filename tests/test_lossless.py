@@ -4,6 +4,7 @@ bit (torch.equal).
 A falsifying example is printed by hypothesis with all its numbers, the seeds among them; weights
 and prompts follow from these.
 """
+import copy
 import random
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from helpers import (
     NoisyAdapter,
     PerfectAdapter,
     block,
+    datastore,
     examples,
     random_adapter,
     random_model,
@@ -25,6 +27,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
+from drafters.rest import RestDrafter
+from drafters.sps import SpsDrafter
 from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import (
     KVCache,
@@ -56,6 +60,15 @@ ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1),
 def make_drafter(kind, model, exit_layer, threshold, sampler, width):
     if kind == "lookup":
         return PromptLookupDrafter(model)
+    if kind.startswith("sps"):  # the small one has a padded vocabulary
+        size, weight = model.config.vocab_size + 8, model.norm.weight
+        small = copy.copy(model) if kind == "sps itself" else random_model(
+            replace(TINY, num_hidden_layers=1, vocab_size=size), 1, weight.dtype, weight.device)
+        return SpsDrafter(model, small, threshold, sampler, width)
+    if kind == "rest":
+        source, size = random.Random(1), min(12, model.config.vocab_size)
+        return RestDrafter(model, datastore([[source.randrange(size) for _ in range(9)]
+                                             for _ in range(40)]), width)
     if kind == "any tokens":
         return RandomDrafter(model, 3)
     return KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold, sampler,
@@ -103,8 +116,9 @@ def configs(draw):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
-    [*ADAPTERS, "lookup", "any tokens"]), sampler=samplers, prompt_length=st.integers(1, 40),
-       n=st.integers(1, 48), width=st.sampled_from([2, 4, 8, 16]), data=st.data(),
+    [*ADAPTERS, "lookup", "sps", "sps itself", "rest", "any tokens"]), sampler=samplers,
+       prompt_length=st.integers(1, 40), n=st.integers(1, 48),
+       width=st.sampled_from([2, 4, 8, 16]), data=st.data(),
        threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5]), packed=st.booleans(), eos=st.sets(
            st.integers(0, 39), max_size=2))
 def test_any_drafter_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, sampler,
@@ -122,7 +136,7 @@ def test_any_drafter_gives_the_bits_of_vanilla(device, dtype, config, seed, kind
         drafter = make_drafter(kind, model, exit_layer, threshold, sampler, width)
         drafted = decode(model, drafter, prompt, n, garbage=7e3, **options)
         assert_equal_bits(model, prompt, vanilla, drafted)
-        assert all(len(r.draft.tokens) <= steps for r in drafted[3])
+        assert all(max(r.draft.levels()) <= steps for r in drafted[3])
         assert len(vanilla[3]) == len(vanilla[0])  # vanilla: a verification a token
 
 
@@ -192,7 +206,7 @@ def test_a_drafted_row_has_the_view_that_it_would_have_alone(start, width, live,
 
 
 @pytest.mark.parametrize("limit", [9, 20, 33])
-@pytest.mark.parametrize("kind", ["perfect", "random", "lookup"])
+@pytest.mark.parametrize("kind", ["perfect", "random", "lookup", "sps itself", "sps", "rest"])
 def test_the_context_end_is_vanillas(limit, kind):
     """Drafts must not pass max_position_embeddings, and must not end the text before it."""
     model = random_model(replace(TINY, max_position_embeddings=limit))
@@ -222,7 +236,7 @@ def test_the_self_check_passes_here_and_can_fail(device, dtype, monkeypatch):
     assert not rows_are_alike(model, 8)
 
 
-@pytest.mark.parametrize("kind", ["noisy", "lookup"])
+@pytest.mark.parametrize("kind", ["noisy", "lookup", "sps itself", "rest"])
 def test_prompts_of_any_length(kind, monkeypatch):
     """Prefill around every edge of a chunk and of a view: rows left out, doubled or misplaced."""
     monkeypatch.setattr("kangaroo.PREFILL_ROWS", 16)

@@ -14,6 +14,7 @@ from helpers import (
     NoisyAdapter,
     PerfectAdapter,
     block,
+    datastore,
     examples,
     random_adapter,
     random_model,
@@ -25,6 +26,7 @@ from test_drafter import CheckedDrafter
 from test_lossless import ADAPTERS, assert_equal_bits, configs, decode
 
 import llama
+from drafters.rest import RestDrafter
 from drafters.tree import TreeDrafter
 from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, Sampler, one_shape, rows_are_alike
@@ -73,11 +75,19 @@ class RandomTreeDrafter(NoDrafter):
         return Draft(tokens, self.model.embed(ids[-1:] + tokens), parents=parents)
 
 
+def misheard(text, seed):
+    """The text several times, each with some tokens of it replaced by others of it."""
+    source = random.Random(seed)
+    return [[token if source.random() < 0.8 else source.choice(text) for token in text]
+            for _ in range(5)]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
-    [*ADAPTERS, "any tree", "any tree"]), sampler=samplers, prompt_length=st.integers(1, 40),
-       n=st.integers(1, 40), width=WIDTHS, data=st.data(), packed=st.booleans(),
+    [*ADAPTERS, "any tree", "any tree", "rest"]), sampler=samplers,
+       prompt_length=st.integers(1, 40), n=st.integers(1, 40), width=WIDTHS, data=st.data(),
+       packed=st.booleans(),
        threshold=st.sampled_from([0.0, 0.05, 0.3, 1.0]), eos=st.sets(st.integers(0, 39),
                                                                      max_size=2))
 @examples(30)
@@ -95,6 +105,8 @@ def test_any_tree_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, s
         vanilla = decode(model, NoDrafter(model), prompt, n, **options)
         if kind == "any tree":
             drafter = RandomTreeDrafter(model, seed, prompt + vanilla[0], width)
+        elif kind == "rest":
+            drafter = RestDrafter(model, datastore(misheard(prompt + vanilla[0], seed)), width)
         else:
             drafter = TreeDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer,
                                       threshold, sampler, width, candidates)

@@ -1,0 +1,116 @@
+"""Retrieval (REST: He et al., NAACL 2024): propose what followed the last words in other texts.
+
+    python drafters/rest.py --model DIR --data FILE --out store.safetensors     # makes a datastore
+
+A datastore is the token ids of many documents and the order of their suffixes, sorted like the
+words of a dictionary. So all places where the last words of the text occur stand side by side in
+it, and bisection finds them. Of the last 16 tokens down to the last one, as many are looked up as
+occur at all. What follows these places is merged into a tree, in which a node weighs as much as
+there are places that go on by way of it, and the heaviest nodes are the draft.
+
+State between rounds: none. Rows of a step: the last committed token and the nodes of the tree; at a
+width that has no trees the chain of the most frequent token at every turn. Needs: a datastore of
+text like the one to come. No layer runs for a draft, and nothing is trained. There is no
+distribution to choose from, so under sampling a token is accepted if it is the one that is sampled.
+"""
+import ctypes
+import sys
+import warnings
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from itertools import takewhile
+from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
+import torch.nn.functional as F
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from kangaroo import WIDTH, Draft, NoDrafter
+from llama import CHAIN_WIDTH
+
+LONGEST, MATCHES = 16, 128  # tokens of the text to look up; places to look at
+REST_STEPS = 10  # how deep a tree is: γ
+END = -1  # stands behind each document: no id, and before all ids in the order
+
+
+class Datastore:
+    """The tokens (n,) of documents, END behind each, and the order (n,) of their suffixes, both
+    int32."""
+
+    def __init__(self, tokens, order, source="datastore"):
+        self.source = source  # where it comes from, for messages
+        # One number at a time is read here, which is slow of a tensor.
+        self.tokens, self.order = (
+            array("i", ctypes.string_at(t.data_ptr(), t.nbytes)) for t in (tokens, order))
+
+    def continuations(self, ids, longest):
+        """What followed the longest suffix of `ids` that occurs, up to the end of the document.
+
+        At most MATCHES tuples of 1 to `longest` tokens; if there are more, from all over them.
+        """
+        lengths = range(1, min(LONGEST, len(ids)) + 1)  # where n tokens occur, so do n − 1
+        n = bisect_left(lengths, True, key=lambda n: not self.places(ids[-n:]))
+        places = self.places(ids[-n:]) if n else range(0)
+        starts = [self.order[i] + n for i in places[::-(-len(places) // MATCHES) or 1]]
+        texts = (self.tokens[start:start + longest] for start in starts)
+        return [tuple(takewhile(lambda token: token != END, text)) for text in texts]
+
+    def places(self, key):
+        """Where in the order the suffixes are that begin with `key` and go on in their document."""
+        key = array("i", key)
+        first = self.rank(key + array("i", [0]))  # before it are those that go on with END
+        key[-1] += 1
+        return range(first, self.rank(key))
+
+    def rank(self, key):
+        """How many suffixes come before `key`."""
+        return bisect_left(self.order, key, key=lambda i: self.tokens[i:i + len(key)])
+
+
+def suffix_order(tokens):
+    """Where the suffixes of tokens (n,) begin, in the order of their first 32 tokens: (n,) int32.
+
+    Prefix doubling (Manber and Myers 1990): suffixes that have a rank by k tokens are sorted by two
+    of these, their own and that of what comes k tokens later, which is their rank by 2 k.
+    """
+    rank = tokens.long() - END  # from 0 on, which also stands for what lies behind the last token
+    for k in 1, 2, 4, 8, 16:
+        pair = rank * (rank.max() + 1) + F.pad(rank, (0, k))[k:]
+        pair, order = pair.sort()
+        rank[order] = F.pad(pair[1:] != pair[:-1], (1, 0)).cumsum(0)
+    return order.int()
+
+
+class RestDrafter(NoDrafter):
+    """Proposes the `nodes` heaviest nodes of the tree of continuations in `store`."""
+
+    def __init__(self, model, store, width=WIDTH, nodes=None):
+        super().__init__(model)
+        self.store, self.width, self.nodes = store, width, min(nodes or width - 1, width - 1)
+
+    def draft(self, ids, n_max, cache):
+        texts = self.store.continuations(ids, n_max)
+        weight = Counter(text[:n] for text in texts for n in range(1, len(text) + 1))
+        # A node is the path that leads to it. No path weighs more than one that it goes on from.
+        best = sorted(weight, key=lambda path: (-weight[path], len(path)))
+        best = (best if self.width > CHAIN_WIDTH else heaviest_chain(best))[:self.nodes]
+        node = {(): 0} | {path: i for i, path in enumerate(best, 1)}
+        tokens = [path[-1] for path in best]
+        return Draft(tokens, self.model.embed(ids[-1:] + tokens),
+                     parents=[node[path[:-1]] for path in best])
+
+
+def heaviest_chain(paths):
+    """Of paths, the heaviest first: from the root on, always the heaviest that goes on."""
+    chain = [()]
+    for path in paths:
+        if path[:-1] == chain[-1]:
+            chain.append(path)
+    return chain[1:]
+
+
+if __name__ == "__main__":
+    from support.datastore import main
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Speculative sampling with a separate draft model (Leviathan et al. 2023; Chen et al. 2023).
+
+A second, smaller Llama with the same tokenizer writes γ tokens one by one, and the target verifies
+them in one step. The papers accept a token with probability min(1, p / q). Here it is accepted if
+it equals the target's own choice, as with every drafter: both choose with the noise of the token's
+position, so they tend to agree, and the text is vanilla's.
+
+State between rounds: the draft model's own KV cache, and how many positions of it are valid: a
+rejected draft makes them fewer, and that is the whole rollback. After a draft that was accepted
+whole its last token, which was chosen but not run, is run together with the target's own. Rows of a
+step: the last committed token and the drafted ones. A drafted token costs a step of the draft
+model, of one shape too, so a draft does not depend on what was rejected before it. Needs: the draft
+model. Its vocabulary may be padded to another size.
+"""
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from kangaroo import WIDTH, Draft, NoDrafter, in_chunks
+from llama import Sampler, one_shape, room_for_draft
+
+SPS_THRESHOLD = 0.0  # the papers draft γ tokens, however unsure
+
+
+class SpsDrafter(NoDrafter):
+    """Drafts a chain with `draft_model`, up to the first token whose top-1 probability is at or
+    below `threshold`: at 0 none is.
+
+    Serves one call of `generate`, whose width and sampler it shares.
+    """
+    def __init__(self, model, draft_model, threshold=SPS_THRESHOLD, sampler=None, width=WIDTH):
+        super().__init__(model)
+        self.draft_model, self.threshold = draft_model, threshold
+        self.source = getattr(draft_model, "source", "draft model")
+        self.sampler, self.width = sampler or Sampler(), width
+        self.run = partial(draft_model.run_layers, first=0, last=len(draft_model.layers))
+
+    def prefill(self, ids, cache):
+        self.cache = self.draft_model.new_cache(cache.length)
+        self.seen = len(ids)  # the cache is valid for positions < seen
+        in_chunks(self.run, self.read(ids), self.cache)
+        return super().prefill(ids, cache)
+
+    def draft(self, ids, n_max, cache):
+        self.seen = min(self.seen, len(ids) - 1)  # what was run of a rejected draft is void
+        n_max = min(n_max, self.draft_model.config.max_position_embeddings - len(ids))
+        tokens, confidence = [], []
+        while len(tokens) < n_max and not (tokens and confidence[-1] <= self.threshold):
+            token, sure = self.propose(ids + tokens)
+            tokens.append(token)
+            confidence.append(sure)
+        return Draft(tokens, self.model.embed(ids[-1:] + tokens), confidence)
+
+    def propose(self, ids):
+        """The token to follow `ids`, and the top-1 probability where it came from."""
+        logits = self.catch_up(ids)
+        sure = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).max(-1).values
+        token = self.sampler.choose(logits, len(ids))
+        token, sure = torch.cat((token.double(), sure.double())).tolist()  # one host sync
+        return int(token), sure
+
+    def catch_up(self, ids):
+        """Run the draft model on those of `ids` that it has not seen; logits of what follows.
+
+        That is one token, or two after a draft that was accepted whole, or more where there was no
+        room to draft. A step ends where its rows would no longer share a view: so each has the bits
+        that it has alone. Returns (1, vocab_size), of the target's vocabulary.
+        """
+        while self.seen < len(ids):
+            new = ids[self.seen:self.seen + 1 + room_for_draft(self.seen, self.width)]
+            h = self.run(*one_shape(self.read(new), self.seen, self.cache, self.width))
+            self.seen += len(new)
+        logits = self.draft_model.logits(h)[0, len(new) - 1:len(new)]
+        # Of padded vocabularies: cuts off what only the draft model has, fills up what it has not.
+        more = self.model.config.vocab_size - logits.shape[1]
+        return F.pad(logits, (0, more), value=-math.inf)
+
+    def read(self, ids):
+        """The draft model's embedding of ids. Padding that it has not is its last id."""
+        last = self.draft_model.config.vocab_size - 1
+        return self.draft_model.embed([min(i, last) for i in ids])
