@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
+from drafters.lookahead import LookaheadDrafter
 from drafters.lookup import PromptLookupDrafter
+from drafters.medusa import MedusaDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
-from support.checkpoint import load_adapter, load_llama, read_config
+from support.checkpoint import load_adapter, load_heads, load_llama, read_config
 from support.graphs import (
     GraphedAdapter,
     GraphedLlama,
@@ -32,9 +34,13 @@ from support.graphs import (
 from support.tokenizer import TextStream, Tokenizer, find_chat_template, render_chat
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
-DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "lookup": PromptLookupDrafter,
-            "none": NoDrafter}
+DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "medusa": MedusaDrafter,
+            "medusa-tree": MedusaDrafter, "lookahead": LookaheadDrafter,
+            "lookup": PromptLookupDrafter, "none": NoDrafter}
 ADAPTED = "kangaroo", "tree"  # the drafters that need an adapter
+HEADED = "medusa", "medusa-tree"  # those that need Medusa heads
+TREES = {"kangaroo": "tree", "medusa": "medusa-tree"}  # what --tree makes of a drafter
+BRANCHED = *TREES.values(), "lookahead"  # the drafters whose drafts are trees
 
 
 def pick_device_and_dtype(device=None, dtype=None, tf32=False):
@@ -63,12 +69,13 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
 
 
 def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
-         exit_layer=None, tf32=False, compile=False, graphs=True):
+         exit_layer=None, tf32=False, compile=False, graphs=True, heads=False):
     """A Decoder for a model folder.
 
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
-    False: none. device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more
-    than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only.
+    False: none. heads: the same of Medusa heads and the folder `medusa`. device, dtype, chat:
+    names, None chooses. width: rows of a step; a tree needs more than 8. exit_layer: overrides the
+    adapter's. tf32, compile, graphs: for a GPU only.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -87,13 +94,16 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if adapter is not None:
         adapter, facts = load_adapter(adapter, llama, exit_layer)
         pack(adapter, width)
+    if heads is None and (folder / "medusa").is_dir():
+        heads = folder / "medusa"
+    heads = pack(load_heads(heads, llama), width) if heads else None
     pack(llama, width)
     if compile:
         fuse_pointwise()
     if width > 1 and not rows_are_alike(llama, width):
         print(f"warning: {device} does not treat the rows of a {dtype} step of width {width} "
               "alike, so the output may differ from vanilla decoding", file=sys.stderr)
-    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width)
+    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width, heads)
     if device.type == "cuda" and graphs:
         decoder.use_graphs()
     return decoder
@@ -111,10 +121,12 @@ class Settings:
 class Decoder:
     """A model, its adapter and its tokenizer, ready to decode one prompt after another."""
 
-    def __init__(self, folder, model, tokenizer, chat, template, adapter, facts, width):
+    def __init__(self, folder, model, tokenizer, chat, template, adapter, facts, width,
+                 heads=None):
         self.folder, self.model, self.tokenizer, self.width = folder, model, tokenizer, width
         self.chat, self.template = chat, template
         self.adapter, self.facts = adapter, facts  # facts: the adapter's config.json
+        self.heads = heads  # Medusa's
         self.exit_layer = facts.get("exit_layer", 0)
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         self.graphed, self.room = False, ""
@@ -146,11 +158,19 @@ class Decoder:
         if drafter in ADAPTED and self.adapter is None:
             raise UserError(f"no adapter for {self.folder}: give --adapter DIR (or `random`), or "
                             "--drafter lookup or none")
+        if drafter in HEADED and self.heads is None:
+            raise UserError(f"no Medusa heads for {self.folder}: give --adapter DIR")
         found, width = asdict(Settings(STEPS, THRESHOLD)), self.width
         facts = self.facts if drafter in ADAPTED else {}
         if drafter == "tree":  # what suits a chain need not suit a tree
             found = asdict(Settings(TREE_STEPS, TREE_THRESHOLD, TOP_CANDIDATES, width))
             facts = facts.get("tree", {})
+        elif drafter in HEADED:
+            heads = self.heads
+            found = asdict(Settings(len(heads.heads), 0.0, nodes=len(heads.tree)))
+        elif drafter == "lookahead":
+            LookaheadDrafter(self.model, width)  # refuses a width that is too small
+            found = asdict(Settings(width - 1, 0.0))
         found |= {name: facts[name] for name in found if name in facts}
         found |= {name: min(found[name], width - 1) for name in ("steps", "nodes")}
         found |= {name: value for name, value in wanted.items() if value is not None}
@@ -159,11 +179,11 @@ class Decoder:
         for fits, message in (
                 (0 <= steps < width, f"--steps {steps}: must be from 0 to {width - 1}, {below}"),
                 (0 <= threshold <= 1, f"--threshold {threshold}: must be in [0, 1]"),
-                (drafter != "tree" or width > CHAIN_WIDTH,
+                (drafter not in TREES.values() or width > CHAIN_WIDTH,
                  f"--width {width}: must be above {CHAIN_WIDTH} for --tree"),
                 (drafter != "tree" or candidates >= 1,
                  f"--top-candidates {candidates}: must be at least 1"),
-                (drafter != "tree" or 1 <= nodes < width,
+                (drafter not in TREES.values() or 1 <= nodes < width,
                  f"--nodes {nodes}: must be from 1 to {width - 1}, {below}")):
             if not fits:
                 raise UserError(message)
@@ -178,6 +198,11 @@ class Decoder:
             text = f"drafter exit layer {self.exit_layer}, γ {s.steps}, η {s.threshold:g}"
             if drafter == "tree":
                 text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
+        elif drafter in HEADED:
+            s = settings or self.settings(drafter)
+            text = f"drafter medusa, {len(self.heads.heads)} heads, γ {s.steps}"
+            if drafter == "medusa-tree":
+                text += f", tree of {s.nodes} nodes"
         else:
             text = f"drafter {drafter}"
         parts += [text, f"width {self.width}"]
@@ -200,6 +225,11 @@ class Decoder:
     def drafter(self, name="kangaroo", sampler=None, settings=None):
         """A drafter for one text, by its name in DRAFTERS."""
         settings = settings or self.settings(name)
+        if name in HEADED:
+            tree = self.heads.tree[:settings.nodes] if name == "medusa-tree" else None
+            return MedusaDrafter(self.model, self.heads, sampler, self.width, tree)
+        if name == "lookahead":
+            return LookaheadDrafter(self.model, self.width)
         if name not in ADAPTED:
             return DRAFTERS[name](self.model)
         more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
@@ -232,7 +262,7 @@ class Decoder:
         stream, eos = TextStream(self.tokenizer, ids), self.model.config.eos_token_ids
         result = {"prompt_ids": ids, "ids": [], "text": "", "rounds": 0, "drafted": [],
                   "accepted": [], "seconds": 0.0}
-        trees = result.setdefault("trees", []) if drafter == "tree" else None
+        trees = result.setdefault("trees", []) if drafter in BRANCHED else None
 
         def put(text, drafted):
             if not result["text"] and self.chat != "none":
