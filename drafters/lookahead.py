@@ -81,11 +81,13 @@ class LookaheadDrafter(NoDrafter):
 
         A new column is the one before, moved on by a token.
         """
-        before = self.columns[-1] if self.columns else self.ngram * ids[-1:]
+        first = [ids[-1], *(self.columns[0][1:] if self.columns else [])]  # known by now
+        while len(first) < self.ngram - 1:
+            first.append(self.guess(ids, first[-1]))
+        self.columns[:1] = [first]
         while len(self.columns) < self.window:
-            before = [*before[1:], self.guess(ids, before[-1])][1 - self.ngram:]
-            self.columns.append(before)
-        self.columns[0] = [ids[-1], *self.columns[0][1:]]  # this one is known by now
+            before = self.columns[-1]
+            self.columns.append([*before[1:], self.guess(ids, before[-1])])
 
     def guess(self, ids, token):
         """What the pool has after a token, or any token of the text."""
