@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import (
     DEVICES,
     DTYPES,
+    TEXT,
     TINY,
     block,
     config_json,
@@ -27,12 +28,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_lossless import assert_equal_bits, configs, decode
 
+import train_adapter
 from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
 from drafters.medusa import TREE, Heads, MedusaDrafter, sparse_tree
 from kangaroo import NoDrafter, generate
 from llama import KVCache, Sampler, UserError, build
 from support import command_line
-from support.checkpoint import load_adapter, load_heads, named_weights
+from support.checkpoint import load_adapter, load_heads, load_llama, named_weights
 from support.decoder import load
 
 
@@ -536,3 +538,64 @@ def test_heads_are_no_adapter(tmp_path):
     write_heads(tmp_path, model)
     with pytest.raises(UserError, match="--drafter medusa"):
         load_adapter(tmp_path, model)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+def test_a_head_learns_what_the_target_says_later():
+    """Guards the shift: heads that are right by construction agree with the target at every
+    position that has one so far before it, and with their order turned round at none."""
+    model = rule(CIRCLE)
+    heads = perfect_heads(model, CIRCLE, 3)
+    target = train_adapter.MedusaTarget(model, 2)
+    target.draft_logits = lambda x: x  # these heads have projections of their own
+    learn = torch.ones(2, 20, dtype=torch.bool)
+    learn[0, :9] = False
+    states = target.states(torch.arange(40).view(2, 20) % 12, learn)
+    _, _, agreed, positions = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    assert agreed == positions == 3 * 11 + 19 + 18 + 17
+    heads.heads = heads.heads[::-1]
+    _, _, agreed, _ = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    assert agreed == 11 + 18  # the middle one is where it was
+
+
+def words(folder, tmp_path, *args):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {text}" for i in range(10)
+                                                   for text in TEXT))
+    return [str(word) for word in [
+        "--model", folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
+        "--architecture", "medusa", "--device", "cpu", "--dtype", "float32", "--max-length", 100,
+        "--batch-tokens", 400, "--batches", 2, "--window", 20, "--updates", 12, "--warmup", 2,
+        "--lr", 0.02, "--eval-prompts", 1, "--eval-documents", 4, "--save-every", 4, *args]]
+
+
+@pytest.mark.parametrize("vocabulary", [None, 90])
+def test_training_heads(folder, tmp_path, capfd, vocabulary):
+    """From text to a folder that the drafter reads: the loss falls, and going on from a checkpoint
+    gives the same heads."""
+    args = ["--vocabulary", vocabulary] if vocabulary else []
+    assert train_adapter.main(words(folder, tmp_path, *args)) == 0
+    assert "adapter medusa, 0.00 M parameters" in capfd.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    loss = [row["loss"] for row in rows if "loss" in row]
+    assert loss[-1] < loss[0]
+    model = load_llama(folder)
+    heads = load_heads(tmp_path / "out", model)
+    assert len(heads.heads) == 3 and not heads.own
+    assert (heads.vocabulary is None) == (vocabulary is None)
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert facts["architecture"] == "medusa" and facts["training"]["updates"] == 12
+    weights = (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes()
+    (tmp_path / "out" / "medusa_lm_head.safetensors").unlink()
+    assert train_adapter.main(words(folder, tmp_path, *args, "--resume")) == 0
+    assert (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--exit-layer", 1], "--exit-layer"), (["--init", "x"], "--init"), (["--heads", 0], "--heads"),
+    (["--architecture", "attention"], "--exit-layer: is needed")])
+def test_training_options_that_do_not_fit(folder, tmp_path, capfd, args, word):
+    """Guards against options that would do nothing."""
+    assert train_adapter.main(words(folder, tmp_path, *args)) == 2
+    assert word in capfd.readouterr().err
