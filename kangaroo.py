@@ -11,11 +11,17 @@ The output equals vanilla decoding bit for bit, greedy and sampled: see `one_sha
 `llama.py`.
 
 **One fact carries all state: `ids`, the committed tokens.** Between rounds every cache is valid for
-the positions 0 … len(ids) − 2; the last committed token has not been run yet. Undoing a rejected
-draft is therefore no work at all.
+the positions 0 … len(ids) − 2; the last committed token has not been run yet. Rows are addressed by
+position, a row sees the positions up to its own, and the next round writes the same positions
+again. So a rejected draft needs no undoing. Who writes what:
 
-Read first `generate`, then `KangarooDrafter.draft`; then `train_adapter.py`. Left out on purpose:
-batches; draft trees and other methods (`drafters/`); files, text and the command line (`support/`).
+    prefill   layers 0 … N−1, adapter    all positions of the prompt but the last, once
+    draft     layers 0 … ℓ−1             one position a step, from the last committed token on
+              the adapter's own cache    the same, but for the last drafted token
+    verify    layers ℓ … N−1             all these positions, one pass a round
+
+Read first `generate`, then `KangarooDrafter.draft`; next `llama.py`. Left out on purpose: batches;
+draft trees and other methods (`drafters/`); files, text and the command line (`support/`).
 """
 import math
 import sys
@@ -56,18 +62,18 @@ class Draft:
     """
     tokens: list          # n ids
     hidden: torch.Tensor  # (1, 1 + n, hidden_size): the nodes' states before layer `drafter.depth`
-    confidence: list = field(default_factory=list)  # n numbers: how sure the drafter was of each
+    confidence: list = field(default_factory=list)  # how sure it was of each; n numbers, or none
     parents: list = None  # of the nodes 1 … n; None: a chain
 
     def __post_init__(self):
         self.parents = list(range(len(self.tokens))) if self.parents is None else self.parents
 
-    def depth(self):
+    def levels(self):
         """How many steps below the root each of the n + 1 nodes is."""
-        depth = [0]
+        levels = [0]
         for parent in self.parents:
-            depth.append(depth[parent] + 1)
-        return depth
+            levels.append(levels[parent] + 1)
+        return levels
 
     def child(self, node, token):
         """The child of `node` that proposes `token`; 0 if there is none."""
@@ -77,10 +83,8 @@ class Draft:
 
 @dataclass
 class Round:
-    """What one verification committed: the accepted tokens and, unless one ends the text, one more.
-
-    The one more is the target's own: what it says where the draft ends or goes wrong.
-    """
+    """What one verification committed: the accepted tokens and, unless one ends the text, one of
+    the target's own, which it says where the draft ends or goes wrong."""
     tokens: list
     path: list  # the accepted nodes of the draft, from the top down; path[i] proposed tokens[i]
     draft: Draft
@@ -98,27 +102,31 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
     the end of the context.
 
     prompt is a list of at least one token id; `steps` is γ, the most tokens drafted in a round.
-    With any drafter, γ and exit layer the tokens are those of NoDrafter for the same width. Host
+    With any drafter, γ and exit layer the tokens are those of NoDrafter for the same width: the
+    target itself chooses every one, the draft decides only how many are checked at once. Host
     syncs: one a round, one a drafted token. UserError if logits or confidences are not finite.
     """
+    if drafter.width not in (None, width):  # its rows of the cache would have other bits
+        raise ValueError(f"the drafter's width is {drafter.width}, generate's is {width}")
     ids, n_layers, sampler = list(prompt), len(model.layers), sampler or Sampler()
     end = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
-    cache = cache or model.new_cache(end + 2 * width)
+    cache = cache or model.new_cache(end + 2 * width)  # a tree's dead rows lie so far beyond
     h = drafter.prefill(ids[:-1], cache)
     h = in_chunks(partial(model.run_layers, first=drafter.depth, last=n_layers), h, cache)
     if len(ids) > 1:
         drafter.observe(h, ids[1:], list(range(1, len(ids) - 1)))
     while len(ids) < end:
         start = len(ids) - 1  # the position of the last committed token, which has not been run yet
+        # Near the end of a block of the cache a draft is shorter, or empty: it must not cross.
         n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width))
         draft = drafter.draft(ids, n_max, cache)
         # Verify: the remaining layers, in one pass over the last committed token and all drafted.
         x = one_shape(draft.hidden, start, cache, width, draft.parents)
         h = model.run_layers(*x, drafter.depth, n_layers)
         logits = model.logits(h)[0, :len(draft.tokens) + 1]
-        choices = sampler.choose(logits, start + 1, draft.depth())  # the target's, after each node
-        top = logits.gather(1, choices[:, None])[:, 0]  # NaN and infinity win every comparison
-        choices, finite = torch.stack((choices, top.isfinite())).tolist()  # one host sync
+        choices = sampler.choose(logits, start + 1, draft.levels())  # what it says after each node
+        finite = logits.isfinite().all(-1)
+        choices, finite = torch.stack((choices, finite)).tolist()  # one host sync
         refuse_nonfinite(all(finite), model, ids, drafter, draft)
         # Accept: from the root down, the child that proposes what the target itself says.
         path, node = [], 0
@@ -126,7 +134,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
             path.append(node)
         drafter.observe(h[:, :len(choices)], choices, path)
         # Commit. The cache rows of rejected tokens are overwritten by the next round.
-        new = [choices[node] for node in (0, *path)]
+        new = [choices[node] for node in (0, *path)]  # up to the first token that ends the text:
         new = new[:next((i for i, token in enumerate(new) if token in eos), len(new)) + 1]
         cache.keep(start, path)
         ids += new
@@ -140,7 +148,8 @@ def refuse_nonfinite(finite, model, ids, drafter, draft):
     the drafter's, which would draft in vain."""
     why = f"damaged weights, or too large for {draft.hidden.dtype} (see --dtype)"
     if not finite:
-        raise UserError(f"NaN or infinite values come out of {find_nonfinite(model, ids)}: {why}")
+        where = find_nonfinite(model, ids + draft.tokens)
+        raise UserError(f"NaN or infinite values come out of {where}: {why}")
     if not all(map(math.isfinite, draft.confidence)):
         raise UserError(f"{drafter.source}: what it drafts with is not finite: {why}")
 
@@ -162,6 +171,7 @@ class NoDrafter:
     """Proposes nothing, which makes `generate` vanilla decoding. What a drafter is:
 
     - `depth`: how many of the target's layers it has run on the states that it hands over;
+    - `width`: the rows of its steps in these layers, as `generate`'s; None if it runs none;
     - `prefill(ids, cache)`: all prompt tokens but the last -> their states before layer `depth`;
     - `draft(ids, n_max, cache)`: a Draft of at most n_max tokens to follow the committed `ids`;
     - `observe(hidden, choices, path)`: after each verification of n drafted tokens, hidden
@@ -171,7 +181,7 @@ class NoDrafter:
 
     In `cache` it writes the rows of layers below `depth` alone. See docs/drafters.md.
     """
-    depth = 0
+    depth, width = 0, None
     source = "drafter"  # where its weights come from, for messages
 
     def __init__(self, model):
@@ -190,8 +200,8 @@ class NoDrafter:
 class KangarooDrafter(NoDrafter):
     """Drafts a chain with the first `exit_layer` layers, the adapter and the target's LM head.
 
-    Serves one call of `generate`, whose `width` and sampler it shares: the same noise makes drafter
-    and target choose alike.
+    Serves one call of `generate`, and is given its width and its sampler too: the same noise makes
+    drafter and target choose alike.
     """
 
     def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, sampler=None, width=WIDTH):
@@ -201,61 +211,63 @@ class KangarooDrafter(NoDrafter):
 
     def prefill(self, ids, cache):
         config = self.adapter.config
-        self.cache = self.model.new_cache(cache.length, config)  # the adapter's
+        self.adapter_cache = self.model.new_cache(cache.length, config)
         self.seen = len(ids)  # the adapter's cache is valid for positions < seen
-        self.states = self.cache.rows.new_zeros(1, cache.length, config.hidden_size)  # by position
+        # The exit layer's states by position, from which the adapter catches up.
+        self.states = self.adapter_cache.rows.new_zeros(1, cache.length, config.hidden_size)
         run_shallow_layers = partial(self.model.run_layers, first=0, last=self.depth)
         h = in_chunks(run_shallow_layers, self.model.embed(ids), cache)
-        in_chunks(self.adapter, h, self.cache)
+        in_chunks(self.adapter, h, self.adapter_cache)
         return h
 
     def draft(self, ids, n_max, cache):
         start, tokens, confidence = len(ids) - 1, [], []
         self.seen = min(self.seen, start)  # what the adapter has seen of a rejected draft is void
         while True:
+            # The newest token goes to the exit layer even if the draft ends with it, because the
+            # verification starts from its state. At first this is the last committed token.
             position = start + len(tokens)
-            x = self.model.embed([tokens[-1] if tokens else ids[-1]])
-            x = one_shape(x, position, cache, self.width)
+            x = one_shape(self.model.embed([*ids[-1:], *tokens][-1:]), position, cache, self.width)
             h = self.model.run_layers(*x, 0, self.depth)  # first early exit
             self.states[:, position] = h[:, 0]
-            unsure = tokens and confidence[-1] <= self.threshold  # second early exit
-            if len(tokens) == n_max or unsure:  # an unsure token is chosen: it is verified too
+            unsure = tokens and confidence[-1] <= self.threshold  # second early exit: the unsure
+            if unsure or len(tokens) == n_max:                    # token itself is verified too
                 return Draft(tokens, self.states[:, start:position + 1], confidence)
-            token, sure = self.propose(position + 1)
+            token, probability = self.propose(position + 1)
             tokens.append(token)
-            confidence.append(sure)
+            confidence.append(probability)
 
     def propose(self, position):
-        """The token to stand at `position`, and the top-1 probability where it came from."""
-        logits, sure = self.predict(self.adapt(position))
+        """The token drafted for `position`, and the drafter's top-1 probability there."""
+        logits, top = self.predict(self.adapt(position))
         token = self.sampler.choose(logits, position)
-        token, sure = torch.cat((token.double(), sure[:, 0].double())).tolist()  # one host sync
-        return int(token), sure
+        token, top = torch.cat((token.double(), top[:, 0].double())).tolist()  # one host sync
+        return int(token), top
 
     def adapt(self, end):
         """Run the adapter on the positions < end that it has not seen; its state (1, hidden_size)
         at end − 1.
 
-        That is one position, or two after a draft that was accepted whole: its last token was run
-        but nothing was drafted from it.
+        That is one position; after a draft that was accepted whole two, for nothing was drafted
+        from its last token; and one more for a round without a draft.
         """
         while self.seen < end:
             h = self.states[:, self.seen:min(end, self.seen + self.width)]
-            x = self.adapter(*one_shape(h, self.seen, self.cache, self.width))
+            x = self.adapter(*one_shape(h, self.seen, self.adapter_cache, self.width))
             self.seen += h.shape[1]
         return x[:, h.shape[1] - 1]
 
     def predict(self, x):
-        """Adapter states (T, hidden_size) -> logits (T, vocab_size), and their `surest`."""
+        """Adapter states (T, hidden_size) -> logits (T, vocab_size), and the top probabilities."""
         logits = (self.adapter.head or self.model.lm_head)(x)
-        sure = self.surest((logits.float() / (self.sampler.temperature or 1)).softmax(-1))
+        top = self.top((logits.float() / (self.sampler.temperature or 1)).softmax(-1))
         if self.adapter.vocabulary is not None:
             every = logits.new_full((len(x), self.model.config.vocab_size), -math.inf)
             logits = every.index_copy_(1, self.adapter.vocabulary, logits)
-        return logits, sure
+        return logits, top
 
-    def surest(self, probabilities):
-        """(T, V) float32 -> the highest of each row (T, 1)."""
+    def top(self, probabilities):
+        """(T, V) float32 -> the highest of each row (T, 1); of a tree's drafter, more of them."""
         return probabilities.max(-1, keepdim=True).values
 
 

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from drafters.medusa import Heads, MedusaDrafter
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
 from llama import UserError
+from support.chat import find_chat_template
 from support.checkpoint import (
     config_json,
     load_adapter,
@@ -47,7 +48,7 @@ from support.data import batches_of, digest, encode, most_frequent, prompt_of, s
 from support.decoder import pick_device_and_dtype
 from support.program import HELP, Parser, options, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
-from support.tokenizer import Tokenizer, find_chat_template
+from support.tokenizer import Tokenizer
 
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log()}
@@ -357,6 +358,8 @@ class Training:
             self.state = load_checkpoint(self.checkpoint, self.adapter, [self.optimizer],
                                          made_with)
         if self.rank == 0:
+            if self.template.note and any(isinstance(d, list) for d in self.documents):
+                print(self.template.note, file=sys.stderr)
             print(self.describe(dtype), file=sys.stderr)
             logged = trim_log(self.log, self.state["step"])
             self.evaluated = max((r["step"] for r in logged if "held_out" in r), default=0)

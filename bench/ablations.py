@@ -51,11 +51,12 @@ from bench.common import (
 )
 from kangaroo import WIDTH, Adapter, LayerAdapter
 from llama import pack
+from support.chat import find_chat_template
 from support.checkpoint import load_llama, read_config, write_atomically
 from support.data import batches_of, encode, most_frequent, split
 from support.decoder import Settings, load, pick_device_and_dtype
 from support.program import refuse_below_one, run_program
-from support.tokenizer import Tokenizer, find_chat_template
+from support.tokenizer import Tokenizer
 from train_adapter import Target, for_decoding, learning_rate, new_adapter
 
 PAPER = 6, 0.6  # γ and η at which the variants are compared, besides the best pair of each

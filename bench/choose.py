@@ -83,7 +83,7 @@ def measure(decoder, prompts, args):
         found = decode(decoder, ids, "tree" if args.tree else "kangaroo", args.new_tokens, sampler,
                        settings)
         times.append((vanilla.rest, found.step, found.rest))
-        depths = sum(max(r.draft.depth()) for r in found.rounds)
+        depths = sum(max(r.draft.levels()) for r in found.rounds)
         return len(found.tokens), len(found.rounds), depths
 
     for i, ids in enumerate(progress(prompts)):

@@ -22,11 +22,11 @@ import torch
 from kangaroo import generate
 from llama import CHAIN_WIDTH, KVCache, Llama, Sampler, UserError, build, room_for_draft
 from support import command_line
+from support.chat import encode_chat
 from support.checkpoint import read_json
 from support.data import json_turns
-from support.decoder import ADAPTED, Settings, load, timed
+from support.decoder import Settings, timed
 from support.program import Parser
-from support.tokenizer import render_chat
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -87,11 +87,7 @@ def asked_for(args, options):
         "--prompt", "-", "--model", str(args.model), "--adapter", str(args.adapter),
         "--max-new-tokens", str(args.new_tokens), *options])
     sampler = Sampler(more.temperature, more.top_k, more.top_p, more.seed)
-    decoder = load(more.model, more.adapter if more.drafter in ADAPTED else False, more.device,
-                   more.dtype, more.width, more.chat, more.exit_layer, more.tf32, more.compile,
-                   graphs=not more.no_graphs)
-    settings = decoder.settings(more.drafter, steps=more.steps, threshold=more.threshold,
-                                top_candidates=more.top_candidates, nodes=more.nodes)
+    decoder, settings = command_line.prepare(more)
     return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)
 
 
@@ -138,7 +134,7 @@ def pick(path, each=ALL, skip=0):
 def ids_of(decoder, question, longest):
     """The ids of a first turn; of one that is too long the last ones, with room for one more."""
     longest = min(longest, decoder.model.config.max_position_embeddings - 1)
-    return decoder.tokenizer.encode(render_chat(decoder.template, question.turns[:1]))[-longest:]
+    return encode_chat(decoder.tokenizer, decoder.template, question.turns[:1])[-longest:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,7 +225,7 @@ class Decoded(NamedTuple):
     @property
     def step(self):
         """Median seconds of a draft step; of a tree that is a level."""
-        return statistics.median(seconds / (1 + max(r.draft.depth()))
+        return statistics.median(seconds / (1 + max(r.draft.levels()))
                                  for r, seconds in zip(self.rounds, self.drafting))
 
     @property

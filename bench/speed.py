@@ -218,7 +218,7 @@ def figures_of(runs, vanilla):
             "drafting": sum(first.drafting),
             "drafted": sum(len(r.draft.tokens) for r in first.rounds),
             "accepted": sum(r.accepted for r in first.rounds),
-            "levels": sum(max(r.draft.depth()) for r in first.rounds),
+            "levels": sum(max(r.draft.levels()) for r in first.rounds),
             "same": all(run.tokens == vanilla.tokens for run in runs)}
 
 

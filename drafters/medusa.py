@@ -69,12 +69,13 @@ class Heads(nn.Module):
 class MedusaDrafter(NoDrafter):
     """Drafts each head's first choice; with `tree`, its paths of choices, at most width − 1 nodes.
 
-    Serves one call of `generate`, whose `width` and sampler it shares.
+    Serves one call of `generate`, and is given its width and its sampler too.
     """
 
     def __init__(self, model, heads, sampler=None, width=WIDTH, tree=None):
         super().__init__(model)
         self.heads, self.sampler, self.source = heads, sampler or Sampler(), heads.source
+        self.width = width
         chain = [(0,) * (k + 1) for k in range(len(heads.heads))]
         paths = [tuple(path) for path in tree or chain if len(path) <= len(chain)]
         self.tree = paths[:width - 1]

@@ -56,7 +56,7 @@ class TreeDrafter(KangarooDrafter):
                 self.last = draft, start, open_from
                 return draft
             if open_from:
-                x = one_shape(h, start, self.cache, self.width, parents)
+                x = one_shape(h, start, self.adapter_cache, self.width, parents)
                 x = self.adapter(*x)[0, :len(rows)]
             else:
                 x = self.adapt(start + 1)
@@ -77,15 +77,15 @@ class TreeDrafter(KangarooDrafter):
 
         x (T, hidden_size) is what the adapter makes of them.
         """
-        logits, sure = self.predict(x)
+        logits, top = self.predict(x)
         depth = [node.depth for node in rows]
-        tokens = self.sampler.candidates(logits, start + 1, depth, sure.shape[1])
-        drafted = torch.stack((tokens.double(), sure.double()), -1).tolist()  # one host sync
+        tokens = self.sampler.candidates(logits, start + 1, depth, top.shape[1])
+        drafted = torch.stack((tokens.double(), top.double()), -1).tolist()  # one host sync
         return [Node(int(token), parent, node.depth + 1, p, node.product * p)
                 for parent, (node, candidates) in enumerate(zip(rows, drafted), first)
                 for token, p in candidates if token >= 0]
 
-    def surest(self, probabilities):
+    def top(self, probabilities):
         """(T, V) float32 -> the K highest of each row (T, K)."""
         return probabilities.topk(min(self.candidates, probabilities.shape[1])).values
 
@@ -99,7 +99,7 @@ class TreeDrafter(KangarooDrafter):
             if not (node := draft.child(node, token)):
                 break
             path.append(node)
-        self.cache.keep(start, path)
+        self.adapter_cache.keep(start, path)
         if path != list(range(1, 1 + len(path))):
             moved = to_device([start + node for node in path], self.states.device)
             self.states[:, start + 1:start + 1 + len(path)] = self.states[:, moved]

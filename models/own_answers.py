@@ -19,11 +19,12 @@ warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here 
 import torch
 
 from llama import UserError, pack
+from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_llama
 from support.data import read_documents
 from support.decoder import pick_device_and_dtype
 from support.program import Parser, refuse_below_one, run_program
-from support.tokenizer import Tokenizer, find_chat_template, render_chat
+from support.tokenizer import Tokenizer
 
 
 @torch.inference_mode()
@@ -84,7 +85,7 @@ def batches_of_questions(args, tokenizer, context):
                  for document in read_documents(path, args.allow_truncated)]
     by_length, longest = collections.defaultdict(list), min(args.longest, context - 1)
     for first in dict.fromkeys(document[0] for document in documents if isinstance(document, list)):
-        ids = tokenizer.encode(render_chat(template, [first]))
+        ids = encode_chat(tokenizer, template, [first])
         by_length[len(ids)].append((first, ids))
     batches = [group[i:i + args.batch] for length, group in by_length.items() if length <= longest
                for i in range(0, len(group), args.batch)]

@@ -14,6 +14,7 @@ from drafters.lookahead import LOOKAHEAD_WIDTH
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
 from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
+from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import (
     ADAPTED,
@@ -27,7 +28,6 @@ from support.decoder import (
 )
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, write_page
-from support.tokenizer import CHAT_TEMPLATES
 
 DRAFTING = [name for name in DRAFTERS if name not in TREES.values()]  # the others --tree names
 
@@ -48,7 +48,8 @@ def make_parser():
            "kangaroo")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
-    option("--steps", "γ", f"the most tokens drafted in a round (default: the adapter's or {STEPS})", type=int)
+    option("--steps", "γ", "the most tokens drafted in a round (default: the adapter's or "
+           f"{STEPS})", type=int)
     option("--threshold", "η", "stop drafting at this top-1 probability, 0 … 1 (default: the "
            f"adapter's or {THRESHOLD})", type=float)
     option("--temperature", "T", "0 is greedy", greedy.temperature, type=float)
@@ -57,8 +58,8 @@ def make_parser():
            greedy.top_p, type=float)
     option("--seed", "S", "of the sampling noise", greedy.seed, type=int)
     option("--samples", "N", "texts of each prompt; --json tells the seed of each", 1, type=int)
-    option("--chat", "NAME", f"chat template: {', '.join(CHAT_TEMPLATES)} (default: the model "
-           "folder's, or none)")
+    option("--chat", "NAME", f"{', '.join(CHAT_TEMPLATES)} (default: the model folder's)")
+    option("--system", "TEXT", "a system message, for chat templates that take one")
     option("--dtype", "TYPE", "float32, bfloat16, float16 (default: bfloat16 where the device is "
            "fast at it)")
     option("--device", "DEV", "cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -67,7 +68,8 @@ def make_parser():
          f"{TREE_THRESHOLD}")
     option("--top-candidates", "K", "the most children of a node of the tree (default: the "
            f"adapter's or {TOP_CANDIDATES})", type=int)
-    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or the width − 1)", type=int)
+    option("--nodes", "N", "the most tokens in the tree (default: the adapter's or the width − 1)",
+           type=int)
     option("--width", "W", f"rows of a step (default: {WIDTH}), for a tree above {CHAIN_WIDTH} "
            f"(default: {TREE_WIDTH}); 1 with --drafter none is the plain baseline", type=int)
     flag("--no-graphs", action="store_true",
@@ -150,7 +152,7 @@ def warning(results, decoder, drafter):
     if "trees" in results[0]:
         trees = [Draft(tree["tokens"], None, parents=tree["parents"])
                  for r in results for tree in r["trees"]]
-        drafted = sum(max(tree.depth()) for tree in trees)
+        drafted = sum(max(tree.levels()) for tree in trees)
     else:
         drafted = sum(sum(r["drafted"]) for r in results)
     accepted = sum(sum(r["accepted"]) for r in results)
@@ -174,27 +176,62 @@ def vanilla(decoder, ids, args, sampler):
             "vanilla_seconds": sum(seconds)}
 
 
-def run(args):
-    """Decode all prompts and print; returns the exit status."""
+def prepare(args):
+    """(decoder, settings) that parsed arguments ask for."""
+    # The page wants to see each layer run, so --trace goes without graphs.
+    decoder = load(args.model or DEFAULT_MODEL,
+                   args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
+                   args.width, args.chat, args.exit_layer, args.tf32, args.compile,
+                   graphs=not (args.no_graphs or args.trace), system=args.system,
+                   heads=args.adapter if args.drafter in HEADED else False)
+    return decoder, decoder.settings(args.drafter, **wanted(args))
+
+
+def wanted(args):
+    """The settings of a drafter that the user gave, others as None."""
+    return {name: getattr(args, name)
+            for name in ("steps", "threshold", "top_candidates", "nodes")}
+
+
+def texts_wanted(args):
+    """[(prompt, number of the sample, sampler)]: every text that is to be decoded."""
     prompts = read_prompts(args.prompt, args.prompts)
     if args.trace and len(prompts) > 1:
         raise UserError(f"--trace {args.trace}: replays one prompt, --prompts {args.prompts} holds "
                         f"{len(prompts)}")
     if args.trace and args.samples > 1:
         raise UserError(f"--trace {args.trace}: replays one text, leave out --samples")
-    samplers = [[Sampler(args.temperature, args.top_k, args.top_p, seed_of(args.seed, i, j))
-                 for j in range(args.samples)] for i in range(len(prompts))]
-    # The page wants to see each layer run, so --trace goes without graphs.
-    decoder = load(args.model or DEFAULT_MODEL,
-                   args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
-                   args.width, args.chat, args.exit_layer, args.tf32, args.compile,
-                   graphs=not (args.no_graphs or args.trace),
-                   heads=args.adapter if args.drafter in HEADED else False)
-    wanted = {"steps": args.steps, "threshold": args.threshold,
-              "top_candidates": args.top_candidates, "nodes": args.nodes}
-    settings = decoder.settings(args.drafter, **wanted)
-    all_ids = [decoder.encode(prompt) for prompt in prompts]  # all errors come before any output
+    return [(prompt, sample, Sampler(args.temperature, args.top_k, args.top_p,
+                                     seed_of(args.seed, i, sample)))
+            for i, prompt in enumerate(prompts) for sample in range(args.samples)]
+
+
+def decode(decoder, args, prompt, ids, sampler, show, vanilla_first):
+    """What --json prints of one text."""
+    compared = vanilla(decoder, ids, args, sampler) if args.compare and vanilla_first else {}
+    options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
+                   show=show, **wanted(args))
+    if args.trace:
+        recorder = Recorder(decoder, prompt, ids, options)
+        result = recorder.decode()
+    else:
+        result = decoder.generate(ids, **options)[1]
+    if args.compare:
+        result |= compared or vanilla(decoder, ids, args, sampler)
+        result["identical"] = result["ids"] == result["vanilla_ids"]
+    if args.trace:
+        write_page(args.trace, recorder.data(result))
+    return result
+
+
+def run(args):
+    """Decode all prompts and print; returns the exit status."""
+    texts = texts_wanted(args)
+    decoder, settings = prepare(args)
+    all_ids = [decoder.encode(prompt) for prompt, _, _ in texts]  # errors come before any output
     decoder.make_room(all_ids, args.max_new_tokens)
+    if args.model and decoder.template.note:
+        print(decoder.template.note, file=sys.stderr)
     print(decoder.describe(args.drafter, settings), file=sys.stderr)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
@@ -205,27 +242,16 @@ def run(args):
 
     if args.compare:  # the first pass over a shape compiles kernels: nobody's fault
         for drafter in (args.drafter, "none"):
-            list(decoder.rounds(all_ids[0], drafter, 8, samplers[0][0]))
-    todo = [(prompt, ids, j, sampler) for prompt, ids, row in zip(prompts, all_ids, samplers)
-            for j, sampler in enumerate(row)]
+            list(decoder.rounds(all_ids[0], drafter, 8, texts[0][2]))
     results = []
-    for i, (prompt, ids, sample, sampler) in enumerate(todo):
-        compared = vanilla(decoder, ids, args, sampler) if args.compare and i % 2 else {}
-        if not args.json and (decoder.chat == "none" or len(todo) > 1):
+    for i, ((prompt, sample, sampler), ids) in enumerate(zip(texts, all_ids)):
+        if not args.json and (decoder.chat == "none" or len(texts) > 1):
             print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
-        options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
-                       show=show, **wanted)
-        recorder = Recorder(decoder, prompt, ids, options) if args.trace else None
-        result = recorder.decode() if recorder else decoder.generate(ids, **options)[1]
-        result |= {"sample": sample, "seed": sampler.seed}
-        if args.compare:  # neither is always second
-            result |= compared or vanilla(decoder, ids, args, sampler)
-            result["identical"] = result["ids"] == result["vanilla_ids"]
-        last = i + 1 == len(todo)
-        print(json.dumps(result) if args.json else "" if last else "\n", flush=True)
-        results.append(result)
-        if recorder:
-            write_page(args.trace, recorder.data(result))
+        # Neither is always second.
+        result = decode(decoder, args, prompt, ids, sampler, show, vanilla_first=i % 2)
+        results.append(result | {"sample": sample, "seed": sampler.seed})
+        end = "" if i + 1 == len(texts) else "\n"
+        print(json.dumps(results[-1]) if args.json else end, flush=True)
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     if text := warning(results, decoder, args.drafter):
         print(text, file=sys.stderr)

@@ -12,12 +12,14 @@ import random
 import re
 import sys
 import zlib
+from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
 
 from llama import UserError
-from support.tokenizer import render_chat
+from support.chat import encode_chat, encode_rendered, render_chat
 
 HELD_OUT = 64  # one document in so many is never trained on
 
@@ -164,36 +166,64 @@ def encode(document, tokenizer, template, eos, max_length):
     """A document -> (ids, learn): learn[t] says whether the token at position t is to be predicted.
 
     Of a conversation these are the assistant's tokens with the end-of-sequence token that closes
-    each answer, or that the answer itself spells, for there decoding ends; what comes before an
+    each answer, or that the answer itself spells, for there decoding ends. The text is rendered,
+    cut where answers begin and end, and each piece encoded once, so that what comes before an
     answer is encoded as decoding would encode it.
     """
     if isinstance(document, str):
-        ids = (tokenizer.encode(document) + list(eos[:1]))[:max_length]
+        ids = tokenizer.encode(document)
+        ids = (ids + [i for i in eos[:1] if ids[-1:] != [i]])[:max_length]
         return ids, [False] + [True] * (len(ids) - 1)
     document = [turn.strip() if i % 2 else turn
                 for i, turn in enumerate(document)]  # templates put no blanks round an answer
-    ids, learn = [], []
-    for i in range(1, len(document), 2):
+    text = render_chat(template, document, answer=False)
+    spans = answers(template, document, text, [tokenizer.text_of(i) for i in eos])
+    ids, learn, done = [], [], 0
+    for begin, end in chain(spans, [(len(text), len(text))]):
+        for piece, wanted in ((text[done:begin], False), (text[begin:end], True)):
+            ids += tokenizer.encode_part(piece, ids[-1]) if ids else encode_rendered(
+                tokenizer, template, piece)
+            learn += [wanted] * (len(ids) - len(learn))
+        done = end
         if len(ids) >= max_length:
             break
-        text = render_chat(template, document[:i])
-        before, after = tokenizer.encode(text), tokenizer.encode(
-            text + template.assistant.format(document[i]))
-        start = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b),
-                     min(len(before), len(after)))
-        end = next((k + 1 for k in range(start, len(after)) if after[k] in eos), len(after))
-        # Earlier turns are encoded alike in this text, up to the tokens that the next turn may
-        # merge with.
-        learn = learn[:start] + [False] * (start - len(learn)) + [True] * (
-            end - start) + [False] * (len(after) - end)
-        ids = after
     return ids[:max_length], learn[:max_length]
+
+
+def answers(template, turns, text, eos):
+    """Where in the text of all turns the assistant's answers stand: (begin, end) of each, with what
+    closes it. Answers that the text shows in another way than their own prompt are left out.
+
+    An answer begins where the prompt for it ends, and ends with the first of the texts in `eos`;
+    without one, where the text of the turns up to it ends.
+    """
+    closing = re.compile(rf"\s*(?:{'|'.join(map(re.escape, filter(None, eos))) or '(?!)'})")
+    for i in range(1, len(turns), 2):
+        before = render_chat(template, turns[:i])
+        if not text.startswith(before):
+            continue
+        begin = len(before)
+        first = begin + text.startswith(" ", begin)
+        said = first + len(turns[i]) if text.startswith(turns[i], first) else None
+        closed = said and closing.match(text, said)
+        if not closed:  # what else the template writes, it writes where this turn is the last too
+            alone = render_chat(template, turns[:i + 1], answer=False)
+            same = text.startswith(alone)
+            shared = len(alone) if same else begin + len(commonprefix([text[begin:],
+                                                                       alone[begin:]]))
+            said = len(alone.rstrip()) if same else said
+            closed = closing.search(text, begin, shared)
+        if closed:
+            yield begin, closing.search(text, begin).end()
+        elif said:
+            yield begin, said
 
 
 def prompt_of(document, tokenizer, template):
     """What decoding starts from: the user's first turn, or the first 16 tokens of a text."""
-    return tokenizer.encode(document)[:16] if isinstance(document, str) else tokenizer.encode(
-        render_chat(template, document[:1]))
+    if isinstance(document, str):
+        return tokenizer.encode(document)[:16]
+    return encode_chat(tokenizer, template, document[:1])
 
 
 def batches_of(examples, batch_tokens):

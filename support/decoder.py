@@ -23,6 +23,7 @@ from drafters.medusa import MedusaDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
+from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_adapter, load_heads, load_llama, read_config
 from support.graphs import (
     GraphedAdapter,
@@ -31,7 +32,7 @@ from support.graphs import (
     fuse_pointwise,
     graph_drafter,
 )
-from support.tokenizer import TextStream, Tokenizer, find_chat_template, render_chat
+from support.tokenizer import TextStream, Tokenizer
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
 DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "medusa": MedusaDrafter,
@@ -69,13 +70,14 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
 
 
 def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
-         exit_layer=None, tf32=False, compile=False, graphs=True, heads=False):
+         exit_layer=None, tf32=False, compile=False, graphs=True, system=None, heads=False):
     """A Decoder for a model folder.
 
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
     False: none. heads: the same of Medusa heads and the folder `medusa`. device, dtype, chat:
     names, None chooses. width: rows of a step; a tree needs more than 8. exit_layer: overrides the
-    adapter's. tf32, compile, graphs: for a GPU only.
+    adapter's. tf32, compile, graphs: for a GPU only. system: a message before all turns, if the
+    chat template takes one. Where the folder has no template, `template.note` says what is taken.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -85,7 +87,7 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if not 1 <= width <= KVCache.BLOCK:
         raise UserError(f"--width {width}: must be from 1 to {KVCache.BLOCK}")
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
-    chat, template = find_chat_template(folder, chat)
+    chat, template = find_chat_template(folder, chat, system)
     tokenizer = Tokenizer(folder, read_config(folder))
     llama, facts = load_llama(folder, device, dtype), {}
     if adapter is None and (folder / "adapter").is_dir():
@@ -138,7 +140,7 @@ class Decoder:
 
     def encode(self, *turns):
         """Turns of user, assistant, user, … (usually one) -> the ids that decoding starts from."""
-        ids = self.tokenizer.encode(render_chat(self.template, turns))
+        ids = encode_chat(self.tokenizer, self.template, turns)
         context = self.model.config.max_position_embeddings
         if not 0 < len(ids) < context:
             limit = "sliding_window" if self.model.config.sliding_window else (
@@ -222,31 +224,35 @@ class Decoder:
             views = self.model.describe(min(map(len, prompts)) - 1, max(ends) - 2)
             self.room = f" · {views}"
 
-    def drafter(self, name="kangaroo", sampler=None, settings=None):
+    def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
         """A drafter for one text, by its name in DRAFTERS."""
         settings = settings or self.settings(name)
+        width = width or self.width
         if name in HEADED:
             tree = self.heads.tree[:settings.nodes] if name == "medusa-tree" else None
-            return MedusaDrafter(self.model, self.heads, sampler, self.width, tree)
+            return MedusaDrafter(self.model, self.heads, sampler, width, tree)
         if name == "lookahead":
-            return LookaheadDrafter(self.model, self.width)
+            return LookaheadDrafter(self.model, width)
         if name not in ADAPTED:
             return DRAFTERS[name](self.model)
         more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
         drafter = DRAFTERS[name](self.model, self.adapter, self.exit_layer, settings.threshold,
-                                 sampler, self.width, *more)
+                                 sampler, width, *more)
         return graph_drafter(drafter) if self.graphed else drafter
 
     def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,
-               settings=None):
+               settings=None, eos=None):
         """Decode a list of ids; yields a `kangaroo.Round` for every verification.
 
-        drafter: a name in DRAFTERS. width: None is the decoder's own, which the weights are packed
-        for. settings: as `self.settings` returns them.
+        drafter: a name in DRAFTERS, or a drafter of one's own. sampler: None is greedy. width: None
+        is the decoder's own, which the weights are packed for. settings: as `self.settings` returns
+        them. eos: the ids that end a text; None is the model's own.
         """
-        settings = settings or self.settings(drafter)
-        return generate(self.model, self.drafter(drafter, sampler, settings), ids, max_new_tokens,
-                        settings.steps, sampler, self.model.config.eos_token_ids,
+        named = isinstance(drafter, str)
+        settings = settings or self.settings(drafter if named else "none")
+        drafter = self.drafter(drafter, sampler, settings, width) if named else drafter
+        eos = self.model.config.eos_token_ids if eos is None else eos
+        return generate(self.model, drafter, ids, max_new_tokens, settings.steps, sampler, eos,
                         width or self.width)
 
     def generate(self, prompt, drafter="kangaroo", max_new_tokens=128, sampler=None,

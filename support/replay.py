@@ -112,7 +112,7 @@ class Recorder:
         limits = {"full": self.settings.steps, "edge": room, "end": self.end - len(self.ids) - 1}
         unsure = [p <= self.settings.threshold for p in draft.confidence]
         unsure = unsure or [False] * len(draft.tokens)
-        deepest = max(depth for depth, stop in zip(draft.depth(), [False, *unsure]) if not stop)
+        deepest = max(depth for depth, stop in zip(draft.levels(), [False, *unsure]) if not stop)
         limit = next((name for name, limit in limits.items() if limit == deepest), None)
         return limit or ("unsure" if any(unsure[-1:]) else "nodes" if draft.confidence else None)
 

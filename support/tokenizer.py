@@ -1,182 +1,282 @@
-"""Text on one side, token ids on the other: the tokenizer, chat templates, and streaming. Decoding
-itself never sees text.
+"""Text on one side, token ids on the other, and streaming. Decoding itself never sees text.
 
 A model folder brings `tokenizer.model` (sentencepiece) or `tokenizer.json` (needs the optional
-package `tokenizers`). Chat templates are the five common ones by name; the Jinja programs in
-tokenizer_config.json are recognised, not run.
+package `tokenizers`). The ids are those that transformers makes. Where its versions 4 and 5
+disagree, version 4 is followed: folders older than version 5 were made and used with it.
+
+    `legacy` absent, null or true       ▁ after every special token; 5: for Llamas not
+    tokenizer.model and tokenizer.json  the latter says where ▁ goes; 5 does not ask it
+    two blanks in a row                 split as sentencepiece does; 5: for Llamas not
+    no tokenizer_config.json            BOS before plain text; 5: none
+
+Chats are `support/chat.py`. Left out on purpose: truncation, padding, pairs of texts.
 """
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
 from llama import UserError
 from support.checkpoint import read_json
 
-
-class ChatTemplate(NamedTuple):
-    """`prefix` opens the conversation; `user` and `assistant` wrap a turn; `marker` betrays the
-    template in a folder."""
-    marker: str
-    prefix: str
-    user: str
-    assistant: str
+NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 
-CHAT_TEMPLATES = {
-    "chatml": ChatTemplate("<|im_start|>", "",
-                           "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-                           "{}<|im_end|>\n"),
-    "llama3": ChatTemplate(
-        "<|start_header_id|>", "",
-        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        "{}<|eot_id|>"),
-    "zephyr": ChatTemplate("<|assistant|>", "", "<|user|>\n{}</s>\n<|assistant|>\n", "{}</s>\n"),
-    "llama2": ChatTemplate("[INST]", "", "[INST] {} [/INST]", " {} </s><s>"),
-    "vicuna": ChatTemplate(
-        "USER:",
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. ", "USER: {} ASSISTANT:", " {}</s>"),
-    "none": ChatTemplate("", "", "{}", "{}"),
-}
+# --------------------------------------------------------------------------------------------------
+# What a folder says
+
+def read_metadata(folder):
+    """tokenizer_config.json with what special_tokens_map.json adds; a named token is its text, and
+    those that say how a text is split are `added`: {text: {"id", "lstrip", …}}."""
+    folder = Path(folder)
+    path = folder / "tokenizer_config.json"
+    data = read_json(path) if path.exists() else {}
+    if "added_tokens_decoder" not in data and (folder / "special_tokens_map.json").exists():
+        data |= read_json(folder / "special_tokens_map.json")  # newer folders repeat it
+    if (folder / "tokenizer.model").exists() or "LlamaTokenizer" in str(
+            data.get("tokenizer_class")):
+        data = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | data
+    for name in NAMED:
+        token = data.get(name)
+        data[name] = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(data[name], str | None):
+            raise UserError(f"{path}: {name} = {token!r}, must be a text or an object with "
+                            "`content`")
+    return data | {"added": added_tokens(folder, data)}
 
 
-def find_chat_template(folder, name=None):
-    """(name, ChatTemplate): the one called `name`, else the one that the model folder's own
-    metadata shows."""
-    if name is not None and name not in CHAT_TEMPLATES:
-        raise UserError(f"--chat {name}: no such template, choose from {', '.join(CHAT_TEMPLATES)}")
-    config, jinja = Path(folder) / "tokenizer_config.json", Path(folder) / "chat_template.jinja"
-    source = read_json(config).get("chat_template") if config.exists() else None
-    if isinstance(source, list):  # several named templates
-        if not all(isinstance(t, dict) for t in source):
-            raise UserError(
-                f"{config}: chat_template = {source!r}, must be a text or a list of objects")
-        source = next((t.get("template") for t in source if t.get("name") == "default"), None)
-    if jinja.exists():
-        try:
-            source = jinja.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{jinja}: cannot be read ({e})") from None
-    source = source if isinstance(source, str) else ""
-    name = name or next(
-        (n for n, t in CHAT_TEMPLATES.items() if t.marker and t.marker in source), "none")
-    template = CHAT_TEMPLATES[name]
-    # A template may put a fixed system message before a conversation that has none (SmolLM2's
-    # does).
-    system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}<]+)<\|im_end\|>", source)
-    if name == "chatml" and system:
-        template = template._replace(prefix=f"<|im_start|>system\n{system[1]}<|im_end|>\n")
-    return name, template
+def added_tokens(folder, metadata):
+    """{text: {"id", "special", "lstrip", …}} of the tokens that are cut out of a text before the
+    rest is split."""
+    path, added = folder / "tokenizer_config.json", {}
+    try:
+        for i, token in (metadata.get("added_tokens_decoder") or {}).items():
+            if token["content"]:
+                added[token["content"]] = token | {"id": int(i)}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: added_tokens_decoder must map ids to objects with `content`"
+                        ) from None
+    path = folder / "added_tokens.json"
+    if not added and path.exists():
+        data = read_json(path)
+        if not all(isinstance(i, int) for i in data.values()):
+            raise UserError(f"{path}: must map texts to ids")
+        added = {text: {"id": i} for text, i in data.items() if text}
+    return added
 
 
-def render_chat(template, turns):
-    """Turns of user, assistant, user, … (the last is the user's) -> the text that the assistant
-    continues."""
-    return template.prefix + "".join((template.assistant if i % 2 else template.user).format(turn)
-                                     for i, turn in enumerate(turns))
+def with_named_tokens(metadata, processor):
+    """The added tokens of a sentencepiece folder, and all that have a name or a role of their own;
+    those that sentencepiece does not know come behind its last."""
+    added, size = dict(metadata["added"]), processor.vocab_size()
+    for i in filter(processor.is_control, range(size)):
+        added.setdefault(processor.id_to_piece(i), {"id": i, "special": True})
+    extra = metadata.get("additional_special_tokens") or []
+    extra = [token.get("content") if isinstance(token, dict) else token for token in extra]
+    for text in [*map(metadata.get, NAMED), *extra]:
+        if text and text not in added:
+            i = processor.piece_to_id(text)
+            size = max([size, *(token["id"] + 1 for token in added.values())])
+            known = processor.id_to_piece(i) == text
+            added[text] = {"id": i if known else size, "special": True}
+    return added
 
+
+def writes_prefixes(path):
+    """Whether tokenizer.json puts ▁ before every part of a text, or only (False) at its beginning;
+    None if it does not say."""
+    data = read_json(path)
+    normalizer = data.get("normalizer") or {}
+    steps = [normalizer, *(normalizer.get("normalizers") or [])]
+    if any(step.get("type") == "Prepend" for step in steps):
+        return True
+    scheme = (data.get("pre_tokenizer") or {}).get("prepend_scheme")
+    return {"always": True, "first": False}.get(scheme)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ids
 
 class Tokenizer:
-    """encode(text) -> ids, with the beginning-of-sequence token if the model wants it; decode(ids)
-    -> text without special tokens. Special tokens such as </s> are recognised in the text, as
-    Hugging Face does."""
+    """encode(text) -> ids of a plain text, with the tokens that the model wants around it;
+    encode_part(text) -> ids of the text alone; decode(ids) -> text without special tokens.
+
+    Special tokens such as </s> are recognised in a text, as transformers does.
+    """
 
     def __init__(self, folder, config):
         folder = Path(folder)
-        path = folder / "tokenizer_config.json"
-        self.metadata = read_json(path) if path.exists() else {}
-        self.bos = config.bos_token_id
-        if (folder / "tokenizer.model").exists():
-            path = folder / "tokenizer.model"
-            size = self.load_sentencepiece(path, config)
+        self.metadata, self.vocab_size = read_metadata(folder), config.vocab_size
+        self.path = folder / "tokenizer.model"
+        if self.path.exists():
+            self.load_sentencepiece()
         elif (folder / "tokenizer.json").exists():
-            path = folder / "tokenizer.json"
-            size = self.load_tokenizers(path)
+            self.path = folder / "tokenizer.json"
+            self.load_tokenizers(config)
         else:
             raise UserError(f"{folder}: has neither tokenizer.model nor tokenizer.json")
-        # Vocabularies are often padded to a round number, so that the matrix products are faster.
-        if config.vocab_size not in {-(-size // pad) * pad for pad in (1, 8, 16, 32, 64, 128, 256)}:
-            raise UserError(
-                f"{path}: has {size} tokens, but config.json says vocab_size = {config.vocab_size}")
 
-    def load_sentencepiece(self, path, config):
+    def encode(self, text):
+        """The ids of a plain text; BOS is not doubled where the text writes it itself."""
+        ids = self.with_bos(self.encode_part(text))
+        return [*ids, self.eos] if self.add_eos and self.eos is not None else ids
+
+    def with_bos(self, ids):
+        """The ids with BOS before them, if the model wants it and they have none."""
+        wanted = self.add_bos and self.bos is not None and ids[:1] != [self.bos]
+        return self.within([self.bos, *ids]) if wanted else ids
+
+    def encode_part(self, text, after=None):
+        """The ids of a text that follows the token `after`; None: that begins."""
+        return self.within(self.split(text, after))
+
+    def within(self, ids):
+        """The ids; UserError if the model's embedding has no row for one."""
+        beyond = max(ids, default=0)
+        if beyond >= self.vocab_size:
+            raise UserError(
+                f"{self.path}: the text has the token {self.text_of(beyond)!r}, which is {beyond}, "
+                f"but config.json says vocab_size = {self.vocab_size}; leave it out of the text")
+        return ids
+
+    def load_sentencepiece(self):
         try:
-            processor = SentencePieceProcessor(model_file=str(path))
+            data = self.path.read_bytes()
+            processor, bare = SentencePieceProcessor(), SentencePieceProcessor()
+            processor.LoadFromSerializedProto(data)
+            # The same, but add_dummy_prefix false: in a protobuf, the later field counts.
+            bare.LoadFromSerializedProto(data + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError) as e:
-            raise UserError(f"{path}: not a sentencepiece model ({str(e).strip()})") from None
-        special = {
-            processor.id_to_piece(i): i
-            for i in (processor.bos_id(), processor.eos_id())
-            if i >= 0
-        }
-        try:
-            for i, token in (self.metadata.get("added_tokens_decoder") or {}).items():
-                if int(i) >= processor.vocab_size() or token.get("special"):
-                    special[token["content"]] = int(i)
-        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
-                f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder must map ids to "
-                "objects with `content`") from None
-        self.bos = processor.bos_id() if self.bos is None else self.bos
-        self.add_bos = self.metadata.get("add_bos_token", True)
-        longest_first = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        split = re.compile(f"({longest_first})" if special else "$^")
+                f"{self.path}: not a sentencepiece model ({str(e).strip()})") from None
+        metadata, added = self.metadata, with_named_tokens(self.metadata, processor)
+        self.bos, self.eos = (added[metadata[name]]["id"] if metadata.get(name) else None
+                              for name in ("bos_token", "eos_token"))
+        self.bos = processor.bos_id() if self.bos is None and processor.bos_id() >= 0 else self.bos
+        self.add_bos = metadata.get("add_bos_token", True)
+        self.add_eos = metadata.get("add_eos_token", False)
+        hidden = {token["id"] for token in added.values() if token.get("special")}
+        texts = dict(enumerate(processor.id_to_piece(list(range(processor.vocab_size())))))
+        self.text_of = (texts | {token["id"]: text for text, token in added.items()}).get
+        self.split = SentencePieceSplitter(processor, bare, added, self.prefix())
+        self.decode = lambda ids: processor.decode(
+            [i for i in ids if i < processor.vocab_size() and i not in hidden])
 
-        # sentencepiece begins every text with a space. Text that follows a special token begins no
-        # word of its own, so it is encoded behind a guard, whose pieces are cut off again (as
-        # transformers does).
-        guards = {guard: processor.encode(guard) for guard in ("<unk>", "\u4e00", ".")}
+    def prefix(self):
+        """Where ▁ goes: "every" part of a text between special tokens, its "first", or "none"."""
+        beside = self.path.with_name("tokenizer.json")
+        every = writes_prefixes(beside) if beside.exists() else None
+        if every is None:
+            every = self.metadata.get("legacy") is not False
+        wanted = self.metadata.get("add_prefix_space") is not False
+        return "every" if every else "first" if wanted else "none"
 
-        def encode_rest(text):
-            for guard, head in guards.items():
-                ids = processor.encode(guard + text)
-                if ids[:len(head)] == head:  # else guard and text have merged
-                    break
-            return ids[len(head):]
-
-        def encode(text):
-            ids = []
-            for i, part in enumerate(split.split(text)):
-                if i % 2:
-                    ids.append(special[part])
-                else:
-                    ids += encode_rest(part) if ids else processor.encode(part)
-            return ids
-
-        def decode(ids):
-            return processor.decode(
-                [i for i in ids if i < processor.vocab_size() and i not in special.values()])
-
-        self.encode_text, self.decode = encode, decode
-        return max([processor.vocab_size() - 1, *special.values()]) + 1
-
-    def load_tokenizers(self, path):
+    def load_tokenizers(self, config):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(
-                f"{path}: reading it needs the package tokenizers: pip install tokenizers"
-            ) from None
+            raise UserError(f"{self.path}: reading it needs the package tokenizers: pip install "
+                            "tokenizers") from None
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as e:  # the package raises plain Exception
-            raise UserError(f"{path}: not a tokenizer ({e})") from None
+            raise UserError(f"{self.path}: not a tokenizer ({e})") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        begin = tokenizer.encode("").ids  # what the tokenizer itself puts around a text
-        self.bos = begin[0] if begin and self.bos is None else self.bos
-        self.add_bos = self.metadata.get("add_bos_token", self.bos in begin)
-        self.encode_text = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        metadata = self.metadata
+        for text, token in sorted(metadata["added"].items(), key=lambda item: item[1]["id"]):
+            if tokenizer.token_to_id(text) is None:
+                flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip",
+                                                                  "single_word", "special")}
+                tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, **flags)])
+        around = tokenizer.encode("").ids  # what the tokenizer itself puts around a text
+        bos, self.eos = (tokenizer.token_to_id(metadata.get(name) or "")
+                         for name in ("bos_token", "eos_token"))
+        self.bos = bos if bos is not None else around[0] if around else config.bos_token_id
+        default = self.bos in around or "LlamaTokenizer" in str(metadata.get("tokenizer_class"))
+        self.add_bos = metadata.get("add_bos_token", default)
+        self.add_eos = metadata.get("add_eos_token", self.eos in around and self.eos != self.bos)
+        self.text_of = tokenizer.id_to_token
+        self.split = JoiningSplitter(tokenizer)
         self.decode = lambda ids: tokenizer.decode(list(ids))
-        return tokenizer.get_vocab_size()
 
-    def encode(self, text):
-        ids = self.encode_text(text)
-        return [self.bos, *ids
-                ] if self.add_bos and self.bos is not None and ids[:1] != [self.bos] else ids
 
+class SentencePieceSplitter:
+    """Text -> ids: added tokens are cut out, sentencepiece splits what is between them."""
+
+    def __init__(self, processor, bare, added, prefix):
+        self.processor, self.bare, self.added, self.prefix = processor, bare, added, prefix
+        # Of those that begin at one place the longest; a `single_word` only between blanks.
+        patterns = [rf"(?<![^ ]){re.escape(text)}(?![^ ])" if token.get("single_word") else
+                    re.escape(text) for text, token in sorted(added.items(), reverse=True,
+                                                              key=lambda item: len(item[0]))]
+        self.pattern = re.compile(f"({'|'.join(patterns)})" if patterns else "($^)")
+        self.by_id = {token["id"]: token for token in added.values()}
+        self.by_id.pop(processor.unk_id(), None)  # most often a character that is in no piece
+
+    def __call__(self, text, after=None):
+        parts, ids = self.pattern.split(text), []
+        before = self.by_id.get(after)
+        for part, special in zip(parts[::2], [*parts[1::2], None]):
+            token = self.added.get(special)
+            if before and before.get("rstrip"):
+                part = part.lstrip()
+            if token and token.get("lstrip"):
+                part = part.rstrip()
+            if part:
+                ids += self.split(part, not ids and after is None, before is not None)
+            if token:
+                ids.append(token["id"])
+            before = token
+        return ids
+
+    def split(self, text, begins, follows_special):
+        """The ids of a text without added tokens."""
+        if self.prefix == "every":
+            if begins or follows_special:
+                return self.processor.encode(text)
+        else:
+            text = text.replace("▁", " ")
+            text = " " + text if begins and self.prefix == "first" else text
+        if not text.startswith((" ", "▁")):
+            return self.bare.encode(text)
+        # Models that drop blanks at the beginning must not drop these.
+        return self.bare.encode("<unk>" + text)[len(self.bare.encode("<unk>")):]
+
+
+class JoiningSplitter:
+    """Text -> ids by the package tokenizers, also of a text that goes on from another."""
+    GUARDS = "\u4e00", ".", "a"
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        unknown = getattr(tokenizer.model, "unk_token", None)  # most often no special token
+        self.special = {i: token.content for i, token
+                        in tokenizer.get_added_tokens_decoder().items() if token.content != unknown}
+        first = tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        self.prefixes = first != ["a"]
+
+    def __call__(self, text, after=None):
+        if after in self.special:
+            return self.ids(self.special[after] + text)[1:]
+        if after is not None and self.prefixes:
+            for guard in self.GUARDS:
+                ids = self.behind(guard, text)
+                if ids is not None:  # else guard and text have merged
+                    return ids
+        return self.ids(text)
+
+    def behind(self, guard, text):
+        """The ids of a text that follows another, or None if that changes the other's."""
+        head, ids = self.ids(guard), self.ids(guard + text)
+        return ids[len(head):] if ids[:len(head)] == head else None
+
+    def ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# --------------------------------------------------------------------------------------------------
+# Streaming
 
 class TextStream:
     """Turns tokens into text as they come, and never shows half a character: a token may end in the

@@ -183,9 +183,10 @@ def write_model(folder, config=TINY, seed=0, chat_template=None):
     """
     folder.mkdir(parents=True, exist_ok=True)
     size = 340  # 256 bytes, 3 special tokens, and some pieces
-    SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 20), model_prefix=str(
-        folder / "tokenizer"), vocab_size=size, model_type="bpe", byte_fallback=True,
-                               character_coverage=0.98, minloglevel=2, hard_vocab_limit=True)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 20), model_prefix=str(folder / "tokenizer"), vocab_size=size,
+        model_type="bpe", byte_fallback=True, character_coverage=0.98, hard_vocab_limit=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2)
     (folder / "tokenizer.vocab").unlink()
     config = replace(config, vocab_size=size, bos_token_id=1, eos_token_ids=(2,))
     save_file(hf_tensors(random_model(config, seed)), folder / "model.safetensors")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from drafters.lookup import PromptLookupDrafter
 from drafters.tree import TreeDrafter
-from kangaroo import KangarooDrafter, NoDrafter, generate
+from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, UserError, generate_naive
 
 
@@ -33,6 +33,7 @@ class CheckedDrafter:
     def __init__(self, make):
         self.make, self.inner = make, make()
         self.depth, self.prefill = self.inner.depth, self.inner.prefill
+        self.width = self.inner.width
         self.observe = self.inner.observe
 
     def draft(self, ids, n_max, cache):
@@ -246,7 +247,8 @@ class Observer:
 
     def __init__(self, drafter):
         self.drafter, self.depth, self.prefill = drafter, drafter.depth, drafter.prefill
-        self.draft, self.states, self.tokens, self.calls = drafter.draft, [], [], 0
+        self.draft, self.width, self.calls = drafter.draft, drafter.width, 0
+        self.states, self.tokens = [], []
 
     def observe(self, hidden, choices, path):
         assert hidden.shape[1] == len(choices)
@@ -287,10 +289,38 @@ class NanAdapter(PerfectAdapter):
 def test_an_adapter_full_of_nan_is_an_error(drafter, temperature):
     """It would draft nonsense in silence: the output right, the compression rate 1."""
     model, sampler = random_model(), Sampler(temperature)
-    rounds = generate(model, drafter(model, NanAdapter(model, 1), 1, 0.5, sampler), [1, 2], 9,
-                      sampler=sampler, width=16)
+    drafter = drafter(model, NanAdapter(model, 1), 1, 0.5, sampler, width=16)
+    rounds = generate(model, drafter, [1, 2], 9, sampler=sampler, width=16)
     with pytest.raises(UserError, match="the damaged one: what it drafts with is not finite"):
         list(rounds)
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(1), Sampler(1, 5), Sampler(1, 0, 0.9)])
+def test_a_logit_that_is_not_finite_is_an_error(sampler):
+    """Also where it is not the one chosen: top-k and top-p would hide it, or choose token 0."""
+    model = random_model()
+    model.lm_head.weight.data[17] = torch.nan
+    with pytest.raises(UserError, match="the final norm or the LM head"):
+        list(generate(model, NoDrafter(model), [1, 2], 9, sampler=sampler))
+
+
+def test_a_token_that_was_only_drafted_is_looked_at_too():
+    """Guards the message: a NaN in a drafted token's embedding came out of "the LM head"."""
+    model = random_model()
+    good = list(generate(model, NoDrafter(model), [1, 2], 4))[0].tokens[0]
+    model.embed_tokens.weight.data[39] = torch.nan
+    drafter = PromptLookupDrafter(model)
+    drafter.draft = lambda ids, n_max, cache: Draft([39], model.embed([ids[-1], 39]))
+    assert good != 39
+    with pytest.raises(UserError, match="the embedding"):
+        list(generate(model, drafter, [1, 2], 4))
+
+
+def test_a_drafter_has_the_width_of_the_loop():
+    """Another width gives the same tokens, usually, and a cache with other bits, in silence."""
+    model = random_model()
+    with pytest.raises(ValueError, match="the drafter's width is 4, generate's is 8"):
+        next(generate(model, KangarooDrafter(model, random_adapter(model), 1, width=4), [1], 9))
 
 
 def test_prompt_lookup_proposes_what_came_last_after_the_same_words():

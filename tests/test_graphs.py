@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import llama
 from drafters.lookup import PromptLookupDrafter
-from kangaroo import KangarooDrafter, NoDrafter, generate
+from kangaroo import NoDrafter, generate
 from llama import KVCache, Sampler, one_shape
 from support.decoder import load
 from support.graphs import (
@@ -83,9 +83,8 @@ def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, ca
         drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
     cache = model.new_cache(len(prompt) + n + 2 * options["width"])
     rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
-    rows = [
-        c.rows[:, :, :, :cache.length].clone() for c in (cache, getattr(drafter, "cache", cache))
-    ]
+    caches = cache, getattr(drafter, "adapter_cache", cache)
+    rows = [c.rows[:, :, :, :cache.length].clone() for c in caches]
     return [token for r in rounds for token in r.tokens], *rows, [r.draft.tokens for r in rounds]
 
 

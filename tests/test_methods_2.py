@@ -84,7 +84,7 @@ def test_any_method_gives_the_bits_of_vanilla(kind, device, dtype, config, seed,
         assert_equal_bits(model, prompt, vanilla, drafted)
         for r in drafted[3]:
             edges = list(zip(r.draft.parents, r.draft.tokens))
-            assert len(edges) < width and max(r.draft.depth()) <= steps
+            assert len(edges) < width and max(r.draft.levels()) <= steps
             assert len(set(edges)) == len(edges)  # the second of equals could not be accepted
 
 

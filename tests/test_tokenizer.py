@@ -1,4 +1,4 @@
-"""Text to ids and back: both kinds of tokenizer, special tokens, streaming, chat templates."""
+"""Text to ids and back: both kinds of tokenizer, special tokens, streaming."""
 import json
 import shutil
 import sys
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from llama import UserError
-from support.tokenizer import CHAT_TEMPLATES, TextStream, Tokenizer, find_chat_template, render_chat
+from support.tokenizer import TextStream, Tokenizer
 
 SENTENCEPIECE, BYTE_LEVEL = "tokenizer.model", "tokenizer.json"
 BOS, EOS = 1, 2  # in both vocabularies below
@@ -43,10 +43,12 @@ def sentencepiece_folder(tmp_path_factory):
 
 @pytest.fixture
 def variant(sentencepiece_folder, tmp_path):
-    """Loads the sentencepiece tokenizer with this tokenizer_config.json and vocab_size."""
-    def load(metadata, vocab_size=340, bos=BOS):
+    """Loads the sentencepiece tokenizer with this tokenizer_config.json, vocab_size and other
+    files."""
+    def load(metadata, vocab_size=340, bos=BOS, **files):
         shutil.copy(sentencepiece_folder / "tokenizer.model", tmp_path)
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(metadata))
+        for name, data in ({"tokenizer_config": metadata} | files).items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(data))
         return Tokenizer(tmp_path, replace(TINY, vocab_size=vocab_size, bos_token_id=bos))
     return load
 
@@ -91,25 +93,82 @@ def test_bos_is_never_doubled(tokenizer):
     assert ids[0] == BOS and BOS not in ids[1:]
 
 
-@pytest.mark.parametrize("text, plain", [("stones</s>stones", "stonesstones"),
-                                         ("stones</s> stones", "stones stones"), ("</s>", ""),
-                                         ("</s></s>the", "the")])
-def test_special_tokens_in_a_text(tokenizer, text, plain):
-    """Guards against </s> spelt out in letters, and against the space that sentencepiece puts
-    before every text."""
+@pytest.mark.parametrize("text", ["stones</s>stones", "</s>", "</s></s>the", "</s> the </s>"])
+def test_special_tokens_in_a_text(tokenizer, text):
+    """Guards against </s> spelt out in letters."""
     ids = tokenizer.encode(text)
-    assert ids.count(EOS) == text.count("</s>")
-    assert tokenizer.decode(ids) == plain
+    assert ids.count(EOS) == text.count("</s>") and "s>" not in tokenizer.decode(ids)
 
 
-def test_no_letter_is_lost_behind_a_special_token(tmp_path):
-    """Guards the guard before such a text: its last piece must not swallow the text's first letters
-    ('>' and '=' to '>=')."""
+@pytest.mark.parametrize("metadata, begins", [({}, True), ({"legacy": None}, True),
+                                              ({"legacy": True}, True), ({"legacy": False}, False)],
+                         ids=str)
+def test_text_behind_a_special_token(variant, sentencepiece_folder, metadata, begins):
+    """Guards Vicuna's "</s>USER:": such models learned ▁ after every special token, and those that
+    say legacy false did not."""
+    tokenizer = variant(metadata)
+    model = SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    ids = tokenizer.encode("the</s>stones</s></s> the")
+    words = [model.encode(text) for text in ("the", "stones", " the")]
+    assert model.id_to_piece(words[1])[0][0] == "▁"
+    if begins:
+        assert ids == [BOS, *words[0], EOS, *words[1], EOS, EOS, *words[2]]
+    else:
+        pieces = [model.id_to_piece(i) for i in ids]
+        assert pieces[pieces.index("</s>") + 1][0] != "▁" and pieces[-1] == "▁the"
+        assert "".join(pieces) == "<s>▁the</s>stones</s></s>▁the"
+
+
+def test_no_letter_is_lost_where_legacy_is_false(tmp_path):
+    """Guards against a guard before such a text that swallows the text's first letters ('>' and '='
+    to '>=')."""
     SentencePieceTrainer.train(sentence_iterator=iter(["if a >= b then b >= c"] * 50 + TEXT * 20),
                                vocab_size=345, model_prefix=str(tmp_path / "tokenizer"),
                                model_type="bpe", byte_fallback=True, minloglevel=2)
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
     tokenizer = Tokenizer(tmp_path, replace(TINY, vocab_size=345, bos_token_id=BOS))
     assert tokenizer.decode(tokenizer.encode("a</s>= b")) == "a= b"
+
+
+def test_a_prefix_space_can_be_declined(variant, sentencepiece_folder):
+    """Guards add_prefix_space: false of the models that say legacy false."""
+    model = SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    for wanted in (True, None, False):
+        ids = variant({"legacy": False, "add_prefix_space": wanted}).encode("stones")
+        blank = "" if wanted is False else "▁"
+        assert "".join(map(model.id_to_piece, ids)) == f"<s>{blank}stones"
+
+
+@pytest.mark.parametrize("beside, begins", [
+    ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}]}}, True),
+    ({"normalizer": None, "pre_tokenizer": {"prepend_scheme": "first"}}, False),
+    ({"pre_tokenizer": {"prepend_scheme": "always"}}, True), ({}, False)],
+    ids=["prepend", "first", "always", "silent"])
+def test_tokenizer_json_says_where_a_word_begins(variant, beside, begins):
+    """Guards TinyLlama: it says legacy false, but transformers 4 reads the tokenizer.json beside
+    tokenizer.model, which puts ▁ after every special token."""
+    tokenizer = variant({"legacy": not begins if beside else False}, tokenizer=beside)
+    ids = tokenizer.encode("</s>the")
+    assert (ids[2:] == tokenizer.encode("the")[1:]) == begins
+
+
+@pytest.mark.parametrize("metadata, files, start", [
+    ({"bos_token": "<s>"}, {}, [1]), ({"bos_token": {"content": "</s>"}}, {}, [2]),
+    ({"bos_token": ""}, {}, [1]), ({"bos_token": None}, {}, [1]),
+    ({}, {"special_tokens_map": {"bos_token": "</s>"}}, [2]),
+    ({"added_tokens_decoder": {}}, {"special_tokens_map": {"bos_token": "</s>"}}, [1]),
+    ({"bos_token": "<new>"}, {}, [340])], ids=str)
+def test_bos_is_the_token_that_the_tokenizer_names(variant, metadata, files, start):
+    """Guards llama-68m, whose config.json says 0, which is <unk>: the tokenizer's word counts."""
+    assert variant(metadata, bos=0, vocab_size=341, **files).encode("the")[:1] == start
+
+
+def test_eos_is_added_where_the_tokenizer_says_so(variant):
+    """Guards add_eos_token, and that EOS is the token that the folder names."""
+    assert variant({"add_eos_token": True}).encode("the")[-1] == EOS
+    ids = variant({"add_eos_token": True, "eos_token": {"content": "<s>"}}).encode("the")
+    assert ids[0] == ids[-1] == BOS
+    assert variant({}).encode("the")[-1] not in (BOS, EOS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +176,8 @@ def test_no_letter_is_lost_behind_a_special_token(tmp_path):
     [({"340": {"content": "<|im_start|>", "special": True}}, "<|im_start|>", [340]),
      ({"340": {"content": "<pad>", "special": False}}, "<pad></s>", [340, EOS]),
      ({"0": {"content": "<unk>", "special": True}}, "<unk>", [0]),
-     ({"340": {"content": "<|x|>"}, "341": {"content": "<|x|>+"}}, "<|x|>+<|x|>", [341, 340])],
+     ({"340": {"content": "<|x|>", "special": True}, "0": {"content": ""},
+       "341": {"content": "<|x|>+", "special": True}}, "<|x|>+<|x|>", [341, 340])],
     ids=str)
 def test_added_tokens_are_one_id_each(variant, added, text, ids):
     """Guards against the tokens of a chat template spelt out in letters; the longest of those that
@@ -127,17 +187,54 @@ def test_added_tokens_are_one_id_each(variant, added, text, ids):
     assert tokenizer.decode([BOS, *ids]) == ""
 
 
-@pytest.mark.parametrize("vocab_size, fits", [(340, True), (384, True), (339, False), (341, False),
-                                              (40, False)])
-def test_the_vocabulary_must_be_the_models(variant, vocab_size, fits):
-    """Guards against the tokenizer of another model. Padding to a multiple of 64 is no mismatch,
-    and has no text."""
-    if fits:
-        assert variant({}, vocab_size).decode(list(range(340, vocab_size))) == ""
+def test_added_tokens_json_is_read(variant):
+    """Guards folders that are older than added_tokens_decoder; it counts where both are there."""
+    old = {"<|user|>": 340, "<|end|>": 341}
+    assert variant({}, 342, added_tokens=old).encode("<|user|><|end|>") == [BOS, 340, 341]
+    newer = {"added_tokens_decoder": {"343": {"content": "<|user|>"}}}
+    assert variant(newer, 350, added_tokens=old).encode("<|user|>") == [BOS, 343]
+    with pytest.raises(UserError, match="added_tokens.json: must map texts to ids"):
+        variant({}, added_tokens={"<|user|>": "x"})
+
+
+@pytest.mark.parametrize("flags, text, same", [
+    ({"rstrip": True}, "the<|x|> \n the", "the<|x|>the"),
+    ({"lstrip": True}, "the \n <|x|>the", "the<|x|>the"),
+    ({"lstrip": True, "rstrip": True}, " <|x|> ", "<|x|>"),
+    ({"single_word": True}, "the <|x|> the", None), ({}, "the <|x|> the", None)], ids=str)
+def test_blanks_round_an_added_token(variant, flags, text, same):
+    """Guards the line break after Phi-3's <|user|>, which the token takes in."""
+    tokenizer = variant({"added_tokens_decoder": {"340": {"content": "<|x|>"} | flags}}, 341)
+    ids = tokenizer.encode(text)
+    assert 340 in ids and (same is None or ids == tokenizer.encode(same))
+    assert (340 in tokenizer.encode("the<|x|>")) == ("single_word" not in flags)
+    assert (340 in tokenizer.encode("<|x|>the")) == ("single_word" not in flags)
+
+
+@pytest.mark.parametrize("vocab_size", [340, 341, 350, 384, 1000])
+def test_an_embedding_may_have_more_rows_than_tokens(variant, vocab_size):
+    """Guards against refusing padding of any size; the rows beyond have no text."""
+    tokenizer = variant({}, vocab_size)
+    assert tokenizer.decode(list(range(340, vocab_size))) == ""
+    assert max(tokenizer.encode(" ".join(TEXT))) < 340
+
+
+@pytest.mark.parametrize("kind", [SENTENCEPIECE, BYTE_LEVEL])
+def test_a_token_beyond_the_embedding_is_refused_when_it_occurs(variant, tmp_path, kind):
+    """Guards against refusing a folder for a [PAD] that nobody prompts, and against an index error
+    for who does."""
+    size = write_byte_level(tmp_path) if kind == BYTE_LEVEL else 340
+    added = {"added_tokens_decoder": {size: {"content": "[PAD]", "special": True}}}
+    if kind == SENTENCEPIECE:
+        tokenizer = variant(added, size)
     else:
-        with pytest.raises(UserError,
-                           match=f"tokenizer.model: has 340 tokens, .* vocab_size = {vocab_size}"):
-            variant({}, vocab_size)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(added))
+        tokenizer = Tokenizer(tmp_path, replace(TINY, vocab_size=size))
+    assert tokenizer.decode(tokenizer.encode("the stones")) == "the stones"
+    with pytest.raises(UserError, match=rf"{kind}: .*'\[PAD\]', which is {size}, .* = {size}"):
+        tokenizer.encode("the[PAD]")
+    with pytest.raises(UserError, match="'<new>', which is 340"):
+        variant({"bos_token": "<new>"}).encode("the")
 
 
 @pytest.mark.parametrize("name, damage", [
@@ -197,6 +294,46 @@ def test_settings_left_over_from_training_are_ignored(tmp_path):
     assert tokenizer.encode("") == [BOS]
 
 
+def write_prepending(folder):
+    """A small tokenizer.json made from a sentencepiece model: ▁ before every part of a text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    normalizers = tokenizers.normalizers
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                 normalizers.Replace(" ", "▁")])
+    tokenizer.train_from_iterator(["▁" + text.replace(" ", "▁") for text in TEXT],
+                                  tokenizers.trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()
+
+
+def write_like_llama(folder):
+    """A small tokenizer.model that keeps all blanks, as Llama's does."""
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 20), vocab_size=340,
+                               model_prefix=str(folder / "tokenizer"), model_type="bpe",
+                               byte_fallback=True, remove_extra_whitespaces=False,
+                               normalization_rule_name="identity", minloglevel=2)
+    return 340
+
+
+@pytest.mark.parametrize("write", [write_byte_level, write_prepending, write_like_llama])
+@pytest.mark.parametrize("parts", [["the", "stones"], ["the ", "stones"], ["the", " stones"],
+                                   ["the</s>", "stones"], ["the</s>", " stones"],
+                                   ["the", "</s>stones"], ["stones.", "a"]])
+def test_a_text_goes_on_as_if_it_were_one(tmp_path, write, parts):
+    """Guards training on answers that follow their prompt: no blank between, none lost, and ▁ after
+    a special token where the whole text has it."""
+    tokenizer = Tokenizer(tmp_path, replace(TINY, vocab_size=write(tmp_path), bos_token_id=BOS))
+    first = tokenizer.encode_part(parts[0])
+    ids = first + tokenizer.encode_part(parts[1], first[-1])
+    whole = tokenizer.encode_part("".join(parts))
+    texts = ["".join(map(tokenizer.text_of, i)) for i in (ids, whole)]
+    assert texts[0] == texts[1]
+    if "</s>" in "".join(parts):
+        assert ids == whole
+
+
 # --------------------------------------------------------------------------------------------------
 # Streaming
 
@@ -242,91 +379,11 @@ def test_blanks_in_a_row_stream(sentencepiece_folder):
     assert_streams(tokenizer, [BOS], ids)
 
 
-# --------------------------------------------------------------------------------------------------
-# Chat templates
-
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. ")
-LLAMA3_END = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-@pytest.mark.parametrize("name, one, three", [
-    ("chatml", "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n",
-     "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n<|im_start|>user\nC?<|im_end|>\n<|im_start|>assistant\n"
-     ),
-    ("llama3", "<|start_header_id|>user<|end_header_id|>\n\nA?" + LLAMA3_END,
-     "<|start_header_id|>user<|end_header_id|>\n\nA?" + LLAMA3_END
-     + "B.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nC?" + LLAMA3_END),
-    ("zephyr", "<|user|>\nA?</s>\n<|assistant|>\n",
-     "<|user|>\nA?</s>\n<|assistant|>\nB.</s>\n<|user|>\nC?</s>\n<|assistant|>\n"),
-    ("llama2", "[INST] A? [/INST]", "[INST] A? [/INST] B. </s><s>[INST] C? [/INST]"),
-    ("vicuna", VICUNA + "USER: A? ASSISTANT:",
-     VICUNA + "USER: A? ASSISTANT: B.</s>USER: C? ASSISTANT:"), ("none", "A?", "A?B.C?")
-])
-def test_templates_are_the_models_own(name, one, three):
-    """Guards against a space or line break too many, at which an instruction-tuned model answers
-    worse."""
-    assert render_chat(CHAT_TEMPLATES[name], ["A?"]) == one
-    assert render_chat(CHAT_TEMPLATES[name], ["A?", "B.", "C?"]) == three
-
-
-@pytest.mark.parametrize("name", CHAT_TEMPLATES)
-def test_braces_in_a_turn_stay(name):
-    """Guards against str.format on what the user wrote."""
-    turns = ["{0} {x!r} {{}} {", "} %s {1}", "{}"]
-    text = render_chat(CHAT_TEMPLATES[name], turns)
-    assert [text.count(turn) for turn in turns[:2]] == [1, 1] and text.count("{") == sum(
-        turn.count("{") for turn in turns)
-
-
-# Jinja programs of such models, shortened
-ZEPHYR = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + eos_token }}{% endfor %}{{ '<|assistant|>' }}"
-LLAMA3 = "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] }}{% endfor %}"
-LLAMA2 = "{{ bos_token + '[INST] ' + messages[0]['content'].strip() + ' [/INST]' }}"
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-SMOLLM2 = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, " \
-          "trained by Hugging Face<|im_end|>\n' }}{% endif %}" + CHATML
-
-
-@pytest.mark.parametrize(
-    "config, jinja, asked, name",
-    [(ZEPHYR, None, None, "zephyr"), (LLAMA3, None, None, "llama3"), (LLAMA2, None, None, "llama2"),
-     (CHATML, None, None, "chatml"),
-     ("{{ 'USER: ' + messages[0]['content'] + ' ASSISTANT:' }}", None, None, "vicuna"),
-     ([{"name": "tool_use", "template": LLAMA3}, {"name": "default", "template": ZEPHYR}
-       ], None, None, "zephyr"), ([{"name": "tool_use", "template": LLAMA3}], None, None, "none"),
-     (None, LLAMA3, None, "llama3"), (CHATML, LLAMA3, None, "llama3"), (None, None, None, "none"),
-     ("{{ x }}", None, None, "none"), (CHATML, None, "zephyr", "zephyr"),
-     (CHATML, None, "none", "none"), (None, None, "llama2", "llama2")])
-def test_the_folders_template_is_found(tmp_path, config, jinja, asked, name):
-    """Guards against a chat model that gets a bare prompt, or another model's markers; --chat has
-    the last word."""
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({} if config is None else {"chat_template": config}))
-    if jinja is not None:
-        (tmp_path / "chat_template.jinja").write_text(jinja)
-    assert find_chat_template(tmp_path, asked) == (name, CHAT_TEMPLATES[name])
-
-
-def test_a_folder_without_metadata_has_no_template(tmp_path):
-    """Guards against an error about files that a base model need not have."""
-    assert find_chat_template(tmp_path) == ("none", CHAT_TEMPLATES["none"])
-
-
-def test_an_unknown_template_is_refused(tmp_path):
-    """Guards against a KeyError where the user has mistyped --chat."""
-    with pytest.raises(UserError,
-                       match="--chat alpaca: .*chatml, llama3, zephyr, llama2, vicuna, none"):
-        find_chat_template(tmp_path, "alpaca")
-
-
-@pytest.mark.parametrize("source", [SMOLLM2, SMOLLM2.replace("\n", "\\n")],
-                         ids=["line breaks", "escaped"])
-def test_a_default_system_message_is_kept(tmp_path, source):
-    """Guards against SmolLM2 without the system message that all its training conversations began
-    with."""
-    (tmp_path / "chat_template.jinja").write_text(source)
-    assert render_chat(find_chat_template(tmp_path)[1], ["Hi {}"]) == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\nHi {}<|im_end|>\n<|im_start|>assistant\n")
+def test_many_characters_in_many_bytes_stream(tmp_path):
+    """Guards byte-level BPE: an emoji is four tokens, and several of them join to one character."""
+    tokenizer = Tokenizer(tmp_path, replace(TINY, vocab_size=write_byte_level(tmp_path)))
+    for text in ("🦘🦘 👩‍👩‍👧 你好", "नमस्ते é e\u0301 🇦🇺", "x\ufffdy 🦘"):
+        ids = tokenizer.encode(text)[1:]
+        assert_streams(tokenizer, [BOS], ids)
+        stream = TextStream(tokenizer, [BOS])
+        assert "".join(map(stream.push, ids)) + stream.flush() == text

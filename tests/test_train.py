@@ -39,6 +39,7 @@ from kangaroo import ADAPTERS, KangarooDrafter, generate
 from llama import KVCache, UserError
 from models import own_answers
 from support import command_line
+from support.chat import CHAT_TEMPLATES, render_chat
 from support.checkpoint import load_adapter, load_llama, read_config
 from support.data import (
     batches_of,
@@ -49,7 +50,7 @@ from support.data import (
     read_documents,
     split,
 )
-from support.tokenizer import CHAT_TEMPLATES, Tokenizer, render_chat
+from support.tokenizer import Tokenizer
 from train_adapter import Target
 
 SCRIPT = Path(train_adapter.__file__).resolve()
@@ -273,7 +274,7 @@ def test_the_adapter_decodes_as_it_was_trained(architecture, strides):
     x = torch.randn(1, 150, TINY.hidden_size, generator=torch.Generator().manual_seed(6),
                     dtype=torch.float64)
     drafter = KangarooDrafter(random_model(), adapter, 1)
-    drafter.cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
+    drafter.adapter_cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
     whole, end, i = adapter(x, torch.arange(150))[0], 0, 0
     while (end := end + strides[i % len(strides)]) <= 150:
         i += 1
@@ -307,11 +308,18 @@ class Characters:
     specials = dict(zip(["<s>", "</s>", *SPECIAL], [1, 2, *range(340, 345)]))
 
     def encode(self, text):
+        return self.with_bos(self.encode_part(text))
+
+    def with_bos(self, ids):
+        return [1, *ids]
+
+    def encode_part(self, text, after=None):
         parts = re.split(f"({'|'.join(map(re.escape, self.specials))})", text)
-        return [1] + [
-            i for part in parts
-            for i in ([self.specials[part]] if part in self.specials else map(self.id, part))
-        ]
+        return [i for part in parts for i in (
+            [self.specials[part]] if part in self.specials else map(self.id, part))]
+
+    def text_of(self, i):
+        return next((text for text, special in self.specials.items() if special == i), None)
 
     def id(self, character):
         return ord(character) + 1000

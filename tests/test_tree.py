@@ -100,7 +100,7 @@ def test_any_tree_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, s
         drafted = decode(model, drafter, prompt, n, garbage=7e3, **options)
         assert_equal_bits(model, prompt, vanilla, drafted)
         assert all(
-            len(r.draft.tokens) < width and max(r.draft.depth()) <= steps for r in drafted[3])
+            len(r.draft.tokens) < width and max(r.draft.levels()) <= steps for r in drafted[3])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -217,7 +217,7 @@ def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, w
     with block(128):  # no edge cuts a draft short
         rounds = list(generate(model, drafter, [seed % 40], n, steps, sampler, width=width))
     assert len(rounds) == ceil(n / (steps + 1))
-    assert all(r.accepted == max(r.draft.depth()) for r in rounds)
+    assert all(r.accepted == max(r.draft.levels()) for r in rounds)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -232,7 +232,7 @@ def test_a_perfect_adapter_is_right_on_every_level(device, seed, sampler, exit_l
                               2)
     with block(128):
         rounds = list(generate(model, drafter, [seed % 40], 30, 3, sampler, width=16))
-    assert all(r.accepted == max(r.draft.depth()) for r in rounds) and len(rounds) == 8
+    assert all(r.accepted == max(r.draft.levels()) for r in rounds) and len(rounds) == 8
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -262,7 +262,7 @@ def test_a_tree_grows_best_first(device, seed, threshold, candidates, nodes, ste
     drafter.children = lambda *args: offered[-1].extend(found := children(*args)) or found
     generator = generate(model, drafter, [1, 2, 3], 30, steps, width=16)
     for r in iter(lambda: offered.append([]) or next(generator, None), None):
-        draft, depth = r.draft, r.draft.depth()
+        draft, depth = r.draft, r.draft.levels()
         assert len(draft.tokens) <= nodes and max(depth) <= steps
         inner = set(draft.parents) - {0}
         assert all(draft.confidence[node - 1] > threshold for node in inner)
