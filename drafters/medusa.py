@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from kangaroo import WIDTH, Adapter, Draft, NoDrafter
 from llama import Linear, Sampler
 
-MEDUSA_WIDTH = 16  # the rows of a step with a tree
 # A path a node, parents first, the likeliest first: of 3 heads, in 15 rows.
 TREE = ((0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 2), (0, 0, 1), (3,), (0, 1, 0),
         (2, 0), (1, 1), (1, 0, 0), (0, 0, 2))
@@ -112,9 +111,9 @@ class MedusaDrafter(NoDrafter):
             every = logits.new_full((len(logits), size), -math.inf)
             logits = every.index_copy_(1, self.heads.vocabulary, logits)
         k = 1 + max(map(max, self.tree))
-        sure = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).topk(min(k, size))
+        top = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).topk(min(k, size))
         tokens = self.sampler.candidates(logits, position, None, min(k, size))
-        drafted = torch.stack((tokens.double(), sure.values.double()), -1)
+        drafted = torch.stack((tokens.double(), top.values.double()), -1)
         none = [[-1, 0.0]] * k  # a vocabulary may be smaller than the tree is wide
         return [row + none for row in drafted.tolist()]  # one host sync
 

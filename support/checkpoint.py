@@ -536,6 +536,8 @@ def load_heads(folder, model):
         raise UserError(f"{found[0]}: the heads have hidden_size = {theirs}, the model {size}")
     n = max(counted, len({name.split(".")[0] for name in entries}))
     own = model.config.vocab_size if f"0.{blocks}.weight" in entries else 0
+    if own and vocabulary:
+        raise UserError(f"{found[0]}: holds projections, which have no use for `vocabulary`")
     weight = model.norm.weight
     heads = build(Heads, (n, blocks, size, own), weight.device, weight.dtype)
     entries = {f"heads.{name}": entry for name, entry in entries.items()}

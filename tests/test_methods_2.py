@@ -505,6 +505,8 @@ def change(path, **fields):
     (lambda f: write_heads(f, random_model()), ["misshapen", "0.1.weight"]),  # 40 tokens, not 340
     (lambda f: (f / "medusa_lm_head.pt").write_bytes(b"PK"), ["medusa_lm_head.pt", "truncated"]),
     (lambda f: (f / "medusa_lm_head.pt").unlink(), ["medusa_lm_head.safetensors or"]),
+    (lambda f: torch.save({"0.1.weight": torch.ones(9, 9), "vocabulary": torch.arange(9)},
+                          f / "medusa_lm_head.pt"), ["projections", "vocabulary"]),
     (lambda f: torch.save({"0.0.linear.weight": 1}, f / "medusa_lm_head.pt"), ["more than"])])
 def test_heads_that_do_not_fit(cli, folder, tmp_path, damage, words):
     """One line that names the file and the field."""
