@@ -518,34 +518,42 @@ def load_heads(folder, model):
     of their own they use the target's LM head, or the rows of it that `vocabulary` lists.
     """
     folder = Path(folder)
-    found = [folder / name for name in HEADS_FILES if (folder / name).exists()]
-    if not found:
-        raise UserError(f"{folder}: --drafter medusa wants a folder with config.json and "
-                        f"{' or '.join(HEADS_FILES)}")
-    where, data = folder / "config.json", read_json(folder / "config.json")
-    counted, blocks = data.get("medusa_num_heads"), data.get("medusa_num_layers", 1)
-    for name, value in (("medusa_num_heads", counted), ("medusa_num_layers", blocks)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{where}: {name} = {value!r}, must be an integer of at least 1")
+    path, data, entries = heads_files(folder)
     refuse_misfit(folder, model.config, data, model)
-    entries = (safetensors_entries(found[0]) if found[0].suffix == ".safetensors" else
-               pickle_entries(found[0], {}))
     vocabulary, size = entries.pop("vocabulary", None), model.config.hidden_size
-    theirs = entries["0.0.linear.weight"][0][-1] if "0.0.linear.weight" in entries else size
-    if theirs != size:
-        raise UserError(f"{found[0]}: the heads have hidden_size = {theirs}, the model {size}")
-    n = max(counted, len({name.split(".")[0] for name in entries}))
+    first = list(entries["0.0.linear.weight"][0]) if "0.0.linear.weight" in entries else []
+    if first[-1:] not in ([], [size]):
+        raise UserError(f"{path}: the heads have hidden_size = {first[-1]}, the model {size}")
+    blocks = data["medusa_num_layers"]
+    n = max(data["medusa_num_heads"], len({name.split(".")[0] for name in entries}))
     own = model.config.vocab_size if f"0.{blocks}.weight" in entries else 0
     if own and vocabulary:
-        raise UserError(f"{found[0]}: holds projections, which have no use for `vocabulary`")
+        raise UserError(f"{path}: holds projections, which have no use for `vocabulary`")
     weight = model.norm.weight
     heads = build(Heads, (n, blocks, size, own), weight.device, weight.dtype)
-    entries = {f"heads.{name}": entry for name, entry in entries.items()}
-    load_weights(heads, entries, found[0])
+    load_weights(heads, {f"heads.{name}": entry for name, entry in entries.items()}, path)
     if vocabulary:
         heads.draft_from(vocabulary_ids(folder, vocabulary[1](), model), model.lm_head)
-    heads.tree, heads.source = tree_of(where, data.get("medusa_choices", TREE)), str(folder)
+    heads.tree = tree_of(folder / "config.json", data.get("medusa_choices", TREE))
+    heads.source = str(folder)
     return heads.eval()
+
+
+def heads_files(folder):
+    """(path of the weights, config.json as a dict, {name: (shape, function that reads)})."""
+    paths = [folder / name for name in HEADS_FILES if (folder / name).exists()]
+    if not paths:
+        raise UserError(f"{folder}: --drafter medusa wants a folder with config.json and "
+                        f"{' or '.join(HEADS_FILES)}")
+    where = folder / "config.json"
+    data = {"medusa_num_layers": 1} | read_json(where)
+    for name in ("medusa_num_heads", "medusa_num_layers"):
+        if not isinstance(data.get(name), int) or data[name] < 1:
+            raise UserError(f"{where}: {name} = {data.get(name)!r}, must be an integer of at least "
+                            "1")
+    if paths[0].suffix == ".safetensors":
+        return paths[0], data, safetensors_entries(paths[0])
+    return paths[0], data, pickle_entries(paths[0], {})
 
 
 def tree_of(where, paths):
