@@ -36,6 +36,8 @@ from llama import KVCache, Sampler, UserError, build
 from support import command_line
 from support.checkpoint import load_adapter, load_heads, load_llama, named_weights
 from support.decoder import load
+from support.graphs import direct_recorder
+from support.replay import read_page
 
 
 def random_heads(model, heads=3, own=False, seed=0, blocks=1):
@@ -601,3 +603,18 @@ def test_training_options_that_do_not_fit(folder, tmp_path, capfd, args, word):
     """Guards against options that would do nothing."""
     assert train_adapter.main(words(folder, tmp_path, *args)) == 2
     assert word in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("drafter", ["lookahead", "medusa", "medusa-tree"])
+def test_graphs_and_the_page_take_any_method(cli, folder, tmp_path, drafter):
+    """Replayed steps give the same rounds; --trace records what it finds."""
+    write_heads(tmp_path, load_llama(folder))
+    decoder = load(folder, False, "cpu", "float32", 16, heads=tmp_path)
+    ids = decoder.encode("Once upon a time")
+    plain = [r.tokens for r in decoder.rounds(ids, drafter, 24)]
+    decoder.use_graphs(direct_recorder)
+    assert [r.tokens for r in decoder.rounds(ids, drafter, 24)] == plain
+    flags = ["--drafter", drafter.removesuffix("-tree"), *(["--tree"] if "-" in drafter else [])]
+    heads = ["--adapter", tmp_path] if drafter != "lookahead" else []
+    assert cli(*flags, *heads, "--trace", tmp_path / "page.html")[0] == 0
+    assert len(read_page(tmp_path / "page.html")["rounds"]) == len(plain)
