@@ -3,12 +3,13 @@
 What is special here serves one promise of `kangaroo.py`: speculative decoding gives the bits of
 vanilla decoding.
 
-- **Positions are explicit.** A KV cache has no length. The caller says at which positions it
-  writes; a rejected token's rows are simply overwritten by the next ones. So the layers can be run
-  in pieces, and rolled back by doing nothing.
+- **Positions are explicit.** A KV cache does not know how many of its rows are filled. The caller
+  says at which positions it writes; a rejected token's rows are simply overwritten by the next
+  ones. So the layers can be run in pieces, and rolled back by doing nothing.
 - **One shape.** Every decode step computes the same number of rows against a view of the cache
   whose length depends on the position alone (`one_shape`). The same kernels then add up in the same
-  order, whether 1 row is live or 6.
+  order, whether 1 row is live or 6, provided that a kernel treats its rows alike: `rows_are_alike`
+  checks it.
 - **One order.** A node of a tree lies at another row of the cache than vanilla decoding's token
   would, but its row adds up keys and values in the order of positions, as vanilla does
   (`attend_in_order`).
@@ -17,8 +18,8 @@ vanilla decoding.
 
 Left out on purpose: files (`support/checkpoint.py`), text (`support/tokenizer.py`), batched
 decoding, quantisation, other architectures. Names are Hugging Face's. Follows transformers'
-modeling_llama.py for the arithmetic and gpt-fast for the cache without a length. Read `kangaroo.py`
-next.
+modeling_llama.py for the arithmetic and gpt-fast for a cache that is addressed by position. Next:
+`train_adapter.py`.
 """
 import hashlib
 import math
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 
 class UserError(Exception):
-    """Something the user can put right; the message names the file, field or flag, and the mend."""
+    """Something the user can put right: the message names the file, field or flag, and how."""
 
 
 def to_device(data, device):
@@ -47,7 +48,7 @@ def to_device(data, device):
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama. Field names and defaults are those of Hugging Face's config.json."""
+    """The shape of a Llama. Names and defaults are Hugging Face's, but for rope_* and eos_*."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -63,7 +64,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple = ()
-    sliding_window: int | None = None  # if this is what ends the context: max_position_embeddings
+    sliding_window: int | None = None  # set if it, and not the model, limits the context
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,10 +73,10 @@ class LlamaConfig:
 class KVCache:
     """Keys and values of every layer: row p belongs to position p, whoever wrote it.
 
-    It has no length: positions say what is written and, through the mask, what is seen. It starts
-    as zeros because a masked row still enters a product as 0 × row, and 0 × NaN is NaN. Position
-    comes before the heads, so that neither the strides nor the bits of a view depend on how much
-    memory lies behind it.
+    It does not know which rows are filled: positions say what is written and, through the mask,
+    what is seen. It starts as zeros because a masked row still enters a product as 0 × row, and
+    0 × NaN is NaN. Position comes before the heads, so that neither the strides nor the bits of a
+    view depend on how much memory lies behind it.
     """
     BLOCK = 64  # a view grows by this many positions
 
@@ -83,7 +84,7 @@ class KVCache:
         self.rows = rows      # (2, layers, 1, positions, kv_heads, head_dim), keys and values
         self.length = length  # how many positions are in view
         self.k, self.v = by_layer or (list(rows[0]), list(rows[1]))
-        self.slots = self.columns = None  # of a view for a tree: see one_shape
+        self.slots = self.columns = None  # set by one_shape: slots for trees, columns if width > 8
 
     @classmethod
     def zeros(cls, config, n_layers, length, like):
@@ -117,18 +118,19 @@ CHAIN_WIDTH = 8  # steps of at most so many rows hold a chain, and use PyTorch's
 
 
 def one_shape(x, start, cache, width, parents=None):
-    """The arguments (x, positions, cache) of a decode step of exactly `width` rows.
+    """A decode step's (x, positions, cache) for `run_layers`: `width` rows, a view of the cache.
 
-    x (1, T ≤ width, d) are the live ones. A product of 1 row and one of 5 rows may run different
-    kernels, add up in different orders and round differently. So every step has `width` rows and a
-    view set by `start`; the dead rows are zeros. What they write to the cache lies beyond the live
-    rows, where no live row sees it and the next step overwrites it.
+    x (1, T ≤ width, d) are the live rows, from position `start` on. A product of 1 row and one of 5
+    rows may run different kernels, add up in different orders and round differently. So every step
+    has `width` rows and a view set by `start`; the dead rows are zeros. What they write lies beyond
+    the live rows, where no live row sees it and the next step overwrites it.
 
     With `parents` the rows are the last T nodes of a tree: node 0 is its root, at position `start`;
     parents[i − 1] < i is the parent of node i. Node i lies at row start + i of the cache, its slot,
     and stands at position start + its depth. The view of the cache then says for each row which
     slot holds which position on the row's path (`columns`).
     """
+    # The first row's node: x may hold only the newest nodes of the tree.
     first = 0 if parents is None else 1 + len(parents) - x.shape[1]
     slots = torch.arange(start + first, start + first + width, device=x.device)
     x, view = F.pad(x, (0, 0, 0, width - x.shape[1])), cache.view(start + width)
@@ -149,7 +151,10 @@ def one_shape(x, start, cache, width, parents=None):
 
 
 def room_for_draft(start, width):
-    """How many tokens may follow position `start` in one step, each in the view of its own step."""
+    """How many tokens a draft behind position `start` may have, 0 … width − 1.
+
+    Each row must see the view that it would have alone, so a draft may not cross a block's end.
+    """
     return min(width - 1, -(start + width) % KVCache.BLOCK)
 
 
@@ -191,12 +196,12 @@ class RMSNorm(nn.Module):
         if x.is_cuda:
             return F.rms_norm(x, (d,), self.weight, self.eps)
         # The variance of (x, −x) is the mean square of x. On a CPU layer_norm is one kernel where
-        # F.rms_norm is ten, and at decode size what kernels cost is their number.
+        # F.rms_norm is ten, and at decode size the cost is the number of kernels, not their work.
         both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * d,), eps=self.eps)
         return both[..., :d] * self.weight
 
 
-@lru_cache(maxsize=None)  # noqa: UP033 — never dropped: a CUDA graph may know where it lies
+@lru_cache(maxsize=None)  # noqa: UP033 — kept for ever: a CUDA graph may hold its address
 def inverse_frequencies(config, device):
     """RoPE's angle per position, (head_dim / 2,) float32; see transformers' modeling_rope_utils."""
     inv_freq = torch.arange(0, config.head_dim, 2).float() / config.head_dim
@@ -270,9 +275,9 @@ def attend_in_order(q, k, v, rows):
     q (1, T, H, D) are T nodes, k and v (1, S, K, D) the slots in view; returns (1, T, H, D).
 
     Floating-point sums depend on the order of their terms. The scores are one product with the
-    slots as they lie, then put in order by row. The values before the last BLOCK + T slots are
-    where they belong for every row: one product. The last ones are gathered by row. Vanilla
-    decoding at this width does the same with columns that change nothing.
+    slots as they lie, then put in order by row. Only the step's own slots can be out of order, and
+    they lie within the last BLOCK + T of the view: these values are gathered by row, all before are
+    one product. Vanilla decoding at a width above 8 does the same, with slots that are positions.
     """
     (_, T, H, D), (_, S, K, _) = q.shape, k.shape
     shared = max(0, S - KVCache.BLOCK - T)
@@ -396,7 +401,7 @@ def build(cls, config, device, dtype):
 def pack(module, rows):
     """On a CPU, keep weights in oneDNN's blocked layout for products of `rows` rows.
 
-    They are about 1.7 times as fast to read so. Changes nothing where the operator or the dtype is
+    Reading them is then about 1.7 times as fast. Changes nothing where the operator or the dtype is
     not supported. A tied LM head becomes a copy of the embedding.
     """
     ops, weight = torch.ops.mkldnn, next(module.parameters())
@@ -433,9 +438,9 @@ class Sampler:
             if not fits:
                 raise UserError(f"--{flag} {value}: must be {want}")
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
-        self.noise = lru_cache(maxsize=64)(self.noise)  # drafter and verifier ask for the same
+        self.noise = lru_cache(maxsize=64)(self.make_noise)  # drafter and verifier ask for the same
 
-    def noise(self, position, vocab_size, device):
+    def make_noise(self, position, vocab_size, device):
         """Gumbel noise (vocab_size,) float32 of one position, finite at both ends."""
         # The generator takes 32 bits of a seed.
         key = hashlib.blake2b(f"{self.seed} {position}".encode(), digest_size=4).digest()
@@ -459,10 +464,10 @@ class Sampler:
             probs = scores.softmax(-1)
             # Non-negative floats sort like their bits, and PyTorch sorts integers faster on a CPU.
             ascending = probs.view(torch.int32).sort().values.view(torch.float32)
-            total, limit = ascending, 1 - self.top_p
-            if probs.is_cuda:  # it adds up in varying order, to which only integers are indifferent
-                total, limit = (ascending.double() * 2 ** 52).long(), int(limit * 2 ** 52)
-            cut = (total.cumsum(-1) <= limit).sum().clamp(max=len(probs) - 1)
+            mass, limit = ascending, 1 - self.top_p
+            if probs.is_cuda:  # it adds up in any order, on which sums of integers do not depend
+                mass, limit = (ascending.double() * 2 ** 52).long(), int(limit * 2 ** 52)
+            cut = (mass.cumsum(-1) <= limit).sum().clamp(max=len(probs) - 1)
             least = ascending.gather(0, cut[None])
             scores = scores.masked_fill(~largest(probs, least, len(probs) - cut), -math.inf)
         return scores
@@ -520,11 +525,11 @@ def generate_naive(model, prompt, max_new_tokens, sampler, eos=()):
 def rows_are_alike(model, width, start=None):
     """Does this device treat the rows of a step alike, so that one shape means one result?
 
-    Checked, not believed: `width` tokens run as one step and one by one; logits and cache must be
-    equal bit for bit. At a width for trees, once more as two branches whose nodes alternate. Two
-    layers and the LM head suffice, because all layers have the same shapes and so run the same
-    kernels. Takes at most 3/2 width + 2 steps of these. On a GPU, where attention may run another
-    kernel over a long view than over a short one, twice that.
+    `width` tokens run as one step and one by one; logits and cache must be equal bit for bit. At a
+    width for trees, once more as two branches whose nodes alternate. Two layers and the LM head
+    suffice, because all layers have the same shapes and so run the same kernels. Costs at most 1.5
+    × width + 2 steps of two layers; on a GPU, where attention may run another kernel over a long
+    view than over a short one, twice that.
     """
     if start is None:
         starts = (KVCache.BLOCK // 2, 32 * KVCache.BLOCK + KVCache.BLOCK // 2)

@@ -6,12 +6,12 @@
 The adapter learns to make the target's own LM head say after ℓ layers what it says after all of
 them. Hidden states live in memory for as long as a window of documents is trained on, and never on
 disk. A window may be passed over several times (`--passes`), because on a CPU the target's pass
-costs several times what a step of the adapter does. Medusa heads (`--architecture medusa`) learn
+is several times as slow as a step of the adapter. Medusa heads (`--architecture medusa`) learn
 likewise: head k from the last layer's states, what the target says k positions later.
 
 Nothing here can change what `kangaroo.py` decodes, only how fast. Output: adapter.safetensors,
 config.json and log.jsonl. Left out on purpose: training the target. Read first `Target`, then
-`Training`; docs/training.md says how to choose options.
+`Training`; docs/training.md says how to choose options, and what to do if few drafts are accepted.
 """
 import contextlib
 import copy
@@ -50,6 +50,10 @@ from support.program import HELP, Parser, options, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
 from support.tokenizer import Tokenizer
 
+TIMEOUT = datetime.timedelta(minutes=10)  # of what all processes do together
+# Options that a resumed run must share with the one that it goes on from.
+EXACT = ("exit_layer", "architecture", "vocabulary", "loss", "lr", "weight_decay", "warmup", "clip",
+         "updates", "batches", "batch_tokens", "max_length", "window", "passes", "seed", "heads")
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log()}
 
@@ -58,7 +62,15 @@ LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
 # The target's pass and the loss
 
 class Target:
-    """The frozen model: what it knows at the exit layer, what it says in the end, and the loss."""
+    """The frozen model: its states at the exit layer, its final distribution, and the loss.
+
+    The states of a batch are a tuple of five:
+    x (B, T, d)       the exit layer's states, which the adapter gets
+    learn (B, T)      bool: which n positions are to be learned; for these alone
+    y (n, d)          the final states, of which the LM head makes the target's distribution
+    log_sums (n,)     log Σ exp of its logits, float32
+    best (n,)         its top-1 tokens
+    """
     CHUNK = 512  # positions whose logits exist at once
 
     def __init__(self, model, exit_layer, vocabulary=None):
@@ -68,11 +80,7 @@ class Target:
 
     @torch.no_grad()
     def states(self, ids, learn):
-        """One pass over ids (B, T), of which learn (B, T) bool marks n positions.
-
-        Returns x (B, T, d), the exit layer's states, for the adapter; `learn`; and as `final` for
-        the marked positions what the target says there.
-        """
+        """One pass over ids (B, T) -> the states of the batch."""
         model, device = self.model, self.head.device
         ids, learn = ids.to(device), learn.to(device)
         positions = torch.arange(ids.shape[1], device=device)
@@ -82,35 +90,36 @@ class Target:
 
     @torch.no_grad()
     def final(self, y):
-        """The last layer's output (n, d) -> (the final states (n, d), log Σ exp of the logits (n,)
-        float32, the top-1 tokens (n,))."""
+        """The last layer's output (n, d) -> (y, log_sums, best)."""
         y = self.model.norm(y)
         whole = [(logits.float().logsumexp(-1), logits.max(-1).indices)
                  for logits in map(self.model.lm_head, y.split(self.CHUNK))]
-        log_sums, tokens = zip(*whole) if whole else ((y[:, 0].float(),), (y[:, 0].long(),))
-        return y, torch.cat(log_sums), torch.cat(tokens)
+        log_sums, best = zip(*whole) if whole else ((y[:, 0].float(),), (y[:, 0].long(),))
+        return y, torch.cat(log_sums), torch.cat(best)
 
     def draft_logits(self, x):
         """What the adapter's output (n, d) says."""
         return F.linear(x.to(self.head.dtype), self.head)
 
     def loss(self, adapter, states, kind, scale=None, autocast=torch.bfloat16):
-        """Sums over a batch: loss, acceptance Σ min(p, q), agreement of the top-1 tokens, tokens.
+        """Sums over a batch: loss, acceptance Σ min(p, q), agreement of the top-1 tokens, n.
 
         p is the target's distribution, q the adapter's, over `vocabulary` if there is one: p then
         sums to less than 1. With `scale`, the gradients of scale × loss are added to the adapter's.
-        Logits are formed CHUNK positions at a time: the loss's gradient at the adapter's output is
-        gathered first, then goes through the adapter once.
+        The logits of all positions at once would not fit into memory. So the loss runs in chunks on
+        a detached copy of the adapter's output, whose gradient then goes back through the adapter
+        in one piece.
         """
-        x, learn, y, log_sums, tokens = states
+        x, learn, y, log_sums, best = states
         mixed = torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext()
         with torch.set_grad_enabled(scale is not None):
             with mixed:
                 out = adapter(x.float(), torch.arange(x.shape[1], device=x.device))[learn]
             leaf = out.detach().requires_grad_(scale is not None)
             sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-            for part, *said in zip(*(t.split(self.CHUNK) for t in (leaf, y, log_sums, tokens))):
-                loss, figures = self.loss_of(part, *said, LOSSES[kind])
+            chunks = zip(*(t.split(self.CHUNK) for t in (leaf, y, log_sums, best)))
+            for chunk in chunks:
+                loss, figures = self.loss_of(*chunk, LOSSES[kind])
                 if scale is not None:
                     (scale * loss).backward()
                 sums += figures
@@ -118,13 +127,13 @@ class Target:
                 out.backward(leaf.grad)
         return sums
 
-    def loss_of(self, x, y, log_sums, tokens, loss):
-        """(the loss, summed; the four sums of `loss`) at n positions."""
+    def loss_of(self, x, y, log_sums, best, loss):
+        """(the loss, summed; the four sums of `loss`) at n positions, x (n, d) the adapter's."""
         p = (F.linear(y, self.head).float() - log_sums[:, None]).exp()
         log_q = self.draft_logits(x).float().log_softmax(-1)
         total, top = loss(p, log_q).sum(), log_q.argmax(-1)
         top = top if self.vocabulary is None else self.vocabulary[top]
-        figures = (total.detach(), overlap(p, log_q).detach().sum(), (top == tokens).sum(),
+        figures = (total.detach(), overlap(p, log_q).detach().sum(), (top == best).sum(),
                    torch.ones_like(top).sum())
         return total, torch.stack(figures)
 
@@ -136,7 +145,7 @@ class MedusaTarget(Target):
 
     def loss(self, heads, states, kind, scale=None, autocast=torch.bfloat16):
         """As for an adapter; the sums are over all heads."""
-        x, learn, y, log_sums, tokens = states
+        x, learn, y, log_sums, best = states
         with torch.no_grad():
             x = self.model.norm(x).float()
         sums = 0
@@ -144,10 +153,15 @@ class MedusaTarget(Target):
             later = learn.clone()
             later[:, :k] = False  # no state is so many positions before these
             kept = later[learn]
-            states = x.roll(k, 1), later, y[kept], log_sums[kept], tokens[kept]
+            states = x.roll(k, 1), later, y[kept], log_sums[kept], best[kept]
             sums += super().loss(lambda x, _, head=head: head(x), states, kind,
                                  scale and scale * self.WEIGHT ** (k - 1), autocast)
         return sums
+
+
+def figures_of(sums):
+    """What the log has of the sums of `Target.loss`: means by name."""
+    return dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
 
 
 def overlap(p, log_q):
@@ -172,15 +186,15 @@ def windows(documents, args, encode, window):
         window += 1
 
 
-def updates(documents, args, encode, target, position=(0, 0), rank=0, ranks=1):
-    """Endless: (position after it, this rank's states, tokens in all) of each update.
+def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
+    """Endless: (place after it, this rank's states, tokens learned by all) of each update.
 
-    Begins at `position` = (window, update). Each update takes `args.batches` batches, dealt to the
-    ranks in turn; so the number of processes does not change which batches it sees. All of it
-    follows from the seed and the position, which is what makes resuming exact.
+    Begins at `place` = (window, update). Each update takes `args.batches` batches, dealt to the
+    ranks in turn: with any number of processes an update sees the same batches. All of it follows
+    from the seed and the place, which is what makes resuming exact.
     """
-    for window, batches in windows(documents, args, encode, position[0]):
-        if window == 0 and len(batches) < args.batches:  # a later one that falls short is passed
+    for window, batches in windows(documents, args, encode, place[0]):
+        if window == 0 and len(batches) < args.batches:  # later ones that fall short are skipped
             raise UserError(f"--window {args.window}: its documents fill {len(batches)} batches, "
                             f"--batches wants {args.batches}; lower that or --batch-tokens, or "
                             "raise --window if there are more documents")
@@ -189,7 +203,7 @@ def updates(documents, args, encode, target, position=(0, 0), rank=0, ranks=1):
             shuffle = random.Random(f"{args.seed} {window} {k}").sample
             order += grouped(shuffle(range(len(batches)), len(batches)), args.batches)
         states = {}
-        for update in range(position[1] if window == position[0] else 0, len(order)):
+        for update in range(place[1] if window == place[0] else 0, len(order)):
             mine = order[update][rank::ranks]
             for i in mine:
                 if i not in states:
@@ -288,11 +302,10 @@ def learning_rate(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def evaluate(adapter, target, held_out, prompts, args):
+def evaluate(adapter, target, held_out, prompts, args, autocast):
     """Figures of the held-out states, and the compression rate of decoding the prompts greedily."""
-    sums = sum(target.loss(adapter, states, args.loss, autocast=args.autocast)
-               for states in held_out)
-    figures = dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
+    sums = sum(target.loss(adapter, states, args.loss, autocast=autocast) for states in held_out)
+    figures = figures_of(sums)
     if prompts:
         model, copied, rounds = target.model, for_decoding(adapter, target), []
         for ids in prompts:
@@ -304,18 +317,20 @@ def evaluate(adapter, target, held_out, prompts, args):
 
 
 class Training:
-    """One run, in one of `ranks` processes: `run` is the loop, all before it is preparation."""
+    """One run, in one of `ranks` processes. `run` is the loop; __init__, read_text and begin
+    prepare it."""
 
     def __init__(self, args):
-        self.args, self.rank, self.ranks = args, *join(args)
+        self.args = args
+        self.rank, self.ranks, self.slow_group = join(args)
         device, dtype = pick_device_and_dtype(args.device, args.dtype)
-        args.autocast = None if dtype == torch.float32 else torch.bfloat16
+        self.autocast = None if dtype == torch.float32 else torch.bfloat16
         self.model = load_llama(args.model, device, dtype)
         refuse_misfit(args, self.model.config, self.ranks)
         medusa = args.architecture == "medusa"
         exit_layer = self.model.config.num_hidden_layers if medusa else args.exit_layer
         self.read_text()
-        vocabulary = None
+        vocabulary, self.coverage = None, 1.0  # coverage: the share of the text that it can say
         if args.vocabulary:
             vocabulary, self.coverage = most_frequent(
                 self.documents, args.vocabulary, self.encode, self.model.config.vocab_size,
@@ -338,7 +353,7 @@ class Training:
                               eos=config.eos_token_ids,
                               max_length=min(args.max_length, config.max_position_embeddings))
         self.documents, self.held = split(args.data, args.allow_truncated)
-        self.tested, self.coverage = self.held or self.documents[:1], 1.0
+        self.tested = self.held or self.documents[:1]
         examples = [self.encode(document) for document in self.tested[:args.eval_documents]]
         self.held_batches = batches_of(examples, args.batch_tokens)
         if not self.held_batches:
@@ -408,12 +423,12 @@ class Training:
         args, ranks, sums = self.args, self.ranks, 0
         self.optimizer.zero_grad()
         for i, states in enumerate(batches):
-            # DDP averages over the ranks, in the last batch of an update; the loss is a mean over
-            # the tokens of all ranks.
+            # The loss is a mean over the tokens of all ranks. DDP divides gradients by `ranks`, so
+            # they are scaled by it; and only the last batch of an update synchronises.
             alone = ranks > 1 and i + 1 < len(batches)
             with adapter.no_sync() if alone else contextlib.nullcontext():
                 scale = ranks / max(1, tokens)
-                sums += self.target.loss(adapter, states, args.loss, scale, args.autocast)
+                sums += self.target.loss(adapter, states, args.loss, scale, self.autocast)
         norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.clip)
         if not norm.isfinite():  # the same in all ranks
             raise UserError(f"--lr {args.lr}: the gradient is no longer finite; lower --lr or, if "
@@ -426,8 +441,7 @@ class Training:
         args, step = self.args, self.state["step"]
         done = step == args.updates
         if self.rank == 0:
-            figures = dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
-            self.progress.report(step, figures, tokens)
+            self.progress.report(step, figures_of(sums), tokens)
             if step % args.save_every == 0 or done:
                 save_checkpoint(self.checkpoint, self.adapter, [self.optimizer], self.state)
         self.evaluate_if_due()
@@ -442,7 +456,8 @@ class Training:
     def evaluate(self):
         """The held-out figures, reported."""
         self.evaluated = self.state["step"]
-        figures = evaluate(self.adapter, self.target, self.held_out, self.prompts, self.args)
+        figures = evaluate(self.adapter, self.target, self.held_out, self.prompts, self.args,
+                           self.autocast)
         self.progress.write({"step": self.state["step"], "held_out": figures})
         shown = " · ".join(f"{name} {value:.3f}" for name, value in figures.items())
         self.progress.say(f"held out: {shown}")
@@ -451,7 +466,7 @@ class Training:
     def wait(self):
         """Until all processes are here. What rank 0 does alone may outlast the group's timeout."""
         if self.ranks > 1:
-            dist.barrier(self.args.patient)
+            dist.barrier(self.slow_group)
 
     def finish(self):
         """The adapter, with the facts of its training."""
@@ -466,7 +481,8 @@ class Training:
 
 
 def join(args):
-    """(rank, ranks) of this process, which joins the others; a GPU a process."""
+    """(rank, ranks, a group to wait in for long) of this process; a GPU a process."""
+    slow_group = None
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         device, _ = pick_device_and_dtype(args.device, args.dtype)
@@ -474,8 +490,8 @@ def join(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)  # before NCCL chooses one itself
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        args.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-    return rank, ranks
+        slow_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    return rank, ranks, slow_group
 
 
 def refuse_misfit(args, config, ranks):
@@ -497,12 +513,6 @@ def refuse_misfit(args, config, ranks):
 
 # --------------------------------------------------------------------------------------------------
 # Command line
-
-TIMEOUT = datetime.timedelta(minutes=10)  # of what all processes do together
-# Options that a resumed run must share with the one that it goes on from.
-EXACT = ("exit_layer", "architecture", "vocabulary", "loss", "lr", "weight_decay", "warmup", "clip",
-         "updates", "batches", "batch_tokens", "max_length", "window", "passes", "seed", "heads")
-
 
 def make_parser():
     parser = Parser(prog="train_adapter.py", formatter_class=HELP,

@@ -18,7 +18,9 @@ does not know of them. The same kernels run: graphs on and off give the same bit
 Left out on purpose: prefill, whose shapes vary and whose kernels are long; `KVCache.keep`, one copy
 a round at most. Follows PyTorch's notes "CUDA semantics: CUDA Graphs" and "Numerical accuracy".
 """
+import contextlib
 import copy
+import gc
 import os
 import weakref
 from functools import partial
@@ -90,9 +92,21 @@ class CudaRecorder:
                 function(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with no_collection(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 outputs = function(*inputs)
         return graph.replay, outputs
+
+
+@contextlib.contextmanager
+def no_collection():
+    """No garbage collection: one that frees another recording would break off this one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def direct_recorder(function, inputs):
@@ -129,10 +143,12 @@ class Graphs:
         # The next replay, of any recording, may use this memory.
         return tuple(output.clone() for output in outputs)
 
-    def forget(self, rows):
-        """Drop the recordings that know this KV cache's rows."""
-        self.recordings = {key: recording for key, recording in self.recordings.items()
-                           if id(rows) not in key}
+    def forget(self):
+        """Drop all recordings.
+
+        Not some: they share one stream, whose cuBLAS workspace may go with the first that does.
+        """
+        self.recordings = {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,7 +179,7 @@ class GraphedLlama:
         memory = self.memory.get(config)
         if memory is None or memory.length < length:
             if memory is not None:
-                self.graphs.forget(memory.rows)
+                self.graphs.forget()
                 del self.memory[config], memory  # before the new one is made
             memory = self.memory[config] = self.model.new_cache(max(length, self.room), config)
         memory.rows.zero_()  # as good as new, even if the last text ended in NaN
@@ -195,7 +211,8 @@ class GraphedLlama:
     def logits(self, x):
         if x.shape[1] not in self.widths:
             return self.model.logits(x)
-        return self.graphs.run(("logits", tuple(x.shape)), lambda x: (self.model.logits(x),), x)[0]
+        model = self.model  # a recording must not know this object, which keeps it: a cycle
+        return self.graphs.run(("logits", tuple(x.shape)), lambda x: (model.logits(x),), x)[0]
 
     def describe(self, first, last):
         """In words, for steps that start at positions `first` … `last`."""
@@ -220,13 +237,16 @@ class GraphedAdapter:
 
 def graph_drafter(drafter):
     """Replay a new KangarooDrafter's LM head too, from adapter state to confidence; returns it."""
-    unused = copy.copy(drafter)  # without a cache, so that the recording keeps none alive
+    graphs, unused = drafter.model.graphs, copy.copy(drafter)
+    # The recording keeps `unused` alive: without a cache, and without what keeps the recording.
+    unused.model = unused.model.model
+    unused.adapter = getattr(unused.adapter, "adapter", unused.adapter)
 
     def predict(x):
         candidates = getattr(unused, "candidates", 1)
         key = ("predict", id(unused.adapter), unused.sampler.temperature, candidates,
                tuple(x.shape))
-        return unused.model.graphs.run(key, unused.predict, x)
+        return graphs.run(key, unused.predict, x)
 
     drafter.predict = predict
     return drafter

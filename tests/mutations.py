@@ -117,7 +117,7 @@ GRAPH_MUTATIONS = [
     ("the caller's tensors become the recording's", GRAPHS,
      "inputs = [tensor.clone() for tensor in tensors]", "inputs = list(tensors)"),
     ("recordings are kept after the cache grew", GRAPHS,
-     "                self.graphs.forget(memory.rows)\n", ""),
+     "                self.graphs.forget()\n", ""),
     ("a recording of another view is replayed", GRAPHS, "tuple(x.shape), length, len(columns)",
      "tuple(x.shape), len(columns)"),
     ("a recording of other layers is replayed", GRAPHS, 'self.step(("layers", first, last), ',

@@ -3,6 +3,7 @@ ones where there is a GPU."""
 import gc
 import random
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,7 @@ from support.graphs import (
     exact_kernels,
     fuse_pointwise,
     graph_drafter,
+    no_collection,
 )
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -178,7 +180,7 @@ def test_memory_is_reused_until_it_is_too_small():
         graphed.room = 100
         larger = graphed.new_cache(60)
         assert larger.rows is not rows and larger.rows.shape[3] >= 100 and larger.length == 64
-        assert not recordings(graphed, "layers") and len(recordings(graphed, "logits")) == 1
+        assert not graphed.graphs.recordings  # all of them: see Graphs.forget
 
 
 def test_two_texts_at_once():
@@ -246,6 +248,45 @@ def test_what_a_recording_depends_on_is_in_its_key():
                 for a, b in zip(graph_drafter(drafter).predict(x), plain, strict=True):
                     assert torch.equal(a, b)
     assert len(stand_in.functions) == 8
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_nothing_outlives_its_owner(width):
+    """Guards a GPU's memory: graphs, their pool and the weights were kept by a cycle until some
+    garbage collection, which could come in the middle of another recording and break it off."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = random_model()
+        graphed = GraphedLlama(model, (width,), StandIn())
+        decode(graphed, "kangaroo", [1, 2], 20, random_adapter(model), 1, 0.1,
+               1 if width == 8 else 3, sampler=Sampler(), steps=5, width=width)
+        assert len(graphed.graphs.recordings) > 3
+        dead = [weakref.ref(thing) for thing in (graphed, graphed.graphs, model)]
+        del graphed, model
+        assert [ref() for ref in dead] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_nothing_recorded_survives_a_growing_cache():
+    """Guards recordings of one stream whose cuBLAS workspace goes with the first that is dropped:
+    all go together."""
+    graphed = GraphedLlama(random_model(), (8,), StandIn())
+    decode(graphed, "none", [1, 2], 5, sampler=Sampler(), steps=0, width=8)
+    before = [weakref.ref(recording[0]) for recording in graphed.graphs.recordings.values()]
+    assert any(key[0] == "logits" for key in graphed.graphs.recordings)
+    graphed.new_cache(1000)
+    graphed.graphs.record.functions.clear()  # the stand-in's own list
+    gc.collect()
+    assert not graphed.graphs.recordings and not any(ref() for ref in before)
+
+
+def test_no_collection_while_recording():
+    """It would free other recordings, which breaks this one off; and it is put back as it was."""
+    with no_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_attention_by_group_is_attention():

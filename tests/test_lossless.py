@@ -136,9 +136,9 @@ def test_a_wide_model_with_long_drafts(device, dtype, packed):
                      num_key_value_heads=5, head_dim=32, num_hidden_layers=3, vocab_size=2000)
     model = random_model(config, 5, dtype, device, packed_for=8 if packed else None)
     prompt = [random.Random(5).randrange(2000) for _ in range(50)]
-    vanilla = decode(model, NoDrafter(model), prompt, 80, width=8)
+    vanilla = decode(model, NoDrafter(model), prompt, 40, width=8)
     for kind in ("perfect", "noisy", "any tokens"):
-        drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 80, steps=7,
+        drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 40, steps=7,
                          width=8)
         assert_equal_bits(model, prompt, vanilla, drafted)
         assert any(r.accepted for r in drafted[3]) or kind == "any tokens"
