@@ -6,7 +6,8 @@
 The adapter learns to make the target's own LM head say after ℓ layers what it says after all of
 them. Hidden states live in memory for as long as a window of documents is trained on, and never on
 disk. A window may be passed over several times (`--passes`), because on a CPU the target's pass
-is several times as slow as a step of the adapter.
+is several times as slow as a step of the adapter. Medusa heads (`--architecture medusa`) learn
+likewise: head k from the last layer's states, what the target says k positions later.
 
 Nothing here can change what `kangaroo.py` decodes, only how fast. Output: adapter.safetensors,
 config.json and log.jsonl. Left out on purpose: training the target. Read first `Target`, then
@@ -31,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from drafters.medusa import Heads, MedusaDrafter
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
 from llama import UserError
 from support.chat import find_chat_template
@@ -51,7 +53,7 @@ from support.tokenizer import Tokenizer
 TIMEOUT = datetime.timedelta(minutes=10)  # of what all processes do together
 # Options that a resumed run must share with the one that it goes on from.
 EXACT = ("exit_layer", "architecture", "vocabulary", "loss", "lr", "weight_decay", "warmup", "clip",
-         "updates", "batches", "batch_tokens", "max_length", "window", "passes", "seed")
+         "updates", "batches", "batch_tokens", "max_length", "window", "passes", "seed", "heads")
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log()}
 
@@ -136,6 +138,27 @@ class Target:
         return total, torch.stack(figures)
 
 
+class MedusaTarget(Target):
+    """The same for Medusa heads, which read the last layer: head k is to say at position t what the
+    target says at t + k."""
+    WEIGHT = 0.8  # of a head's loss against that of the one before
+
+    def loss(self, heads, states, kind, scale=None, autocast=torch.bfloat16):
+        """As for an adapter; the sums are over all heads."""
+        x, learn, y, log_sums, best = states
+        with torch.no_grad():
+            x = self.model.norm(x).float()
+        sums = 0
+        for k, head in enumerate(heads.heads, 1):
+            later = learn.clone()
+            later[:, :k] = False  # no state is so many positions before these
+            kept = later[learn]
+            states = x.roll(k, 1), later, y[kept], log_sums[kept], best[kept]
+            sums += super().loss(lambda x, _, head=head: head(x), states, kind,
+                                 scale and scale * self.WEIGHT ** (k - 1), autocast)
+        return sums
+
+
 def figures_of(sums):
     """What the log has of the sums of `Target.loss`: means by name."""
     return dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
@@ -216,11 +239,21 @@ def new_adapter(cls, model):
     return adapter.to(model.norm.weight.device)
 
 
+def new_heads(n, model):
+    """Medusa heads in float32 that begin as the target's LM head: their blocks add zero."""
+    heads = Heads((n, 1, model.config.hidden_size, 0))
+    for weight in heads.parameters():
+        weight.data.zero_()
+    return heads.to(model.norm.weight.device)
+
+
 def first_adapter(args, model):
     """What training begins from, in float32, and how that was made.
 
     That is a new adapter, or the one in --init with its architecture.
     """
+    if args.architecture == "medusa":
+        return new_heads(args.heads, model), None
     if args.init is None:
         return new_adapter(ADAPTERS[args.architecture], model), None
     try:
@@ -242,10 +275,16 @@ def for_decoding(adapter, target):
 
 
 def save_adapter(folder, adapter, args, target, chat, facts):
-    """adapter.safetensors (bfloat16) and config.json, which `kangaroo.py --adapter` takes."""
+    """The weights (bfloat16) and config.json, which `kangaroo.py --adapter` takes."""
     tensors = {name: weight.detach().bfloat16() for name, weight in named_weights(adapter).items()}
     if target.vocabulary is not None:
         tensors["vocabulary"] = target.vocabulary.int()
+    if args.architecture == "medusa":
+        tensors = {name.removeprefix("heads."): tensor for name, tensor in tensors.items()}
+        write_safetensors(folder / "medusa_lm_head.safetensors", tensors)
+        return write_json(folder / "config.json", {
+            "architecture": "medusa", "medusa_num_heads": args.heads, "medusa_num_layers": 1,
+            "target": target.model.fingerprint, "chat_template": chat, "training": facts})
     write_safetensors(folder / "adapter.safetensors", tensors)
     write_json(folder / "config.json", config_json(adapter.config) | {
         "architecture": args.architecture, "exit_layer": args.exit_layer, "steps": STEPS,
@@ -270,7 +309,8 @@ def evaluate(adapter, target, held_out, prompts, args, autocast):
     if prompts:
         model, copied, rounds = target.model, for_decoding(adapter, target), []
         for ids in prompts:
-            drafter = KangarooDrafter(model, copied, args.exit_layer)
+            drafter = (MedusaDrafter(model, copied) if args.architecture == "medusa" else
+                       KangarooDrafter(model, copied, args.exit_layer))
             rounds += generate(model, drafter, ids, 64, eos=model.config.eos_token_ids)
         figures["compression_rate"] = sum(len(r.tokens) for r in rounds) / len(rounds)
     return figures
@@ -287,6 +327,8 @@ class Training:
         self.autocast = None if dtype == torch.float32 else torch.bfloat16
         self.model = load_llama(args.model, device, dtype)
         refuse_misfit(args, self.model.config, self.ranks)
+        medusa = args.architecture == "medusa"
+        exit_layer = self.model.config.num_hidden_layers if medusa else args.exit_layer
         self.read_text()
         vocabulary, self.coverage = None, 1.0  # coverage: the share of the text that it can say
         if args.vocabulary:
@@ -294,7 +336,7 @@ class Training:
                 self.documents, args.vocabulary, self.encode, self.model.config.vocab_size,
                 self.model.config.eos_token_ids)
             vocabulary = vocabulary.to(device)
-        self.target = Target(self.model, args.exit_layer, vocabulary)
+        self.target = (MedusaTarget if medusa else Target)(self.model, exit_layer, vocabulary)
         torch.manual_seed(args.seed)
         self.adapter, self.begun_from = first_adapter(args, self.model)
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=args.lr,
@@ -346,8 +388,8 @@ class Training:
     def describe(self, dtype):
         args, n = self.args, sum(p.numel() for p in self.adapter.parameters())
         text = (f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
-                f"{args.exit_layer} · adapter {args.architecture}, {n / 1e6:.2f} M parameters · "
-                f"{len(self.documents)} documents, {len(self.held)} held out")
+                f"{self.target.exit_layer} · adapter {args.architecture}, {n / 1e6:.2f} M "
+                f"parameters · {len(self.documents)} documents, {len(self.held)} held out")
         if not self.held:
             text += " (too few: figures are of one that is trained on)"
         if args.vocabulary:
@@ -455,9 +497,11 @@ def join(args):
 def refuse_misfit(args, config, ranks):
     """UserError for options that this model or number of processes does not allow."""
     for fits, message in (
-            (0 <= args.exit_layer < config.num_hidden_layers,
+            (args.architecture == "medusa" or 0 <= args.exit_layer < config.num_hidden_layers,
              f"--exit-layer {args.exit_layer}: must be at least 0 and below the model's "
              f"{config.num_hidden_layers} layers"),
+            (args.architecture != "medusa" or ranks == 1,
+             "--architecture medusa: trains in one process"),
             (args.batches % ranks == 0,
              f"--batches {args.batches}: must be a multiple of the {ranks} processes"),
             (not args.vocabulary or args.vocabulary <= config.vocab_size,
@@ -481,9 +525,10 @@ def make_parser():
            nargs="+", required=True)
     option("--out", "DIR", "where the adapter, its log and checkpoint go", type=Path,
            required=True)
-    option("--exit-layer", "ℓ", "layers that draft", type=int, required=True)
-    option("--architecture", "NAME", f"{' or '.join(ADAPTERS)} (attention and an MLP)",
+    option("--exit-layer", "ℓ", "layers that draft (default: none, only for medusa)", type=int)
+    option("--architecture", "NAME", "attention, layer (attention and an MLP) or medusa (heads)",
            "attention")
+    option("--heads", "K", "heads of medusa", 3, type=int)
     option("--init", "DIR", "begin from this adapter, with its architecture (default: from a new "
            "one)", type=Path)
     option("--vocabulary", "N", "draft from the N most frequent tokens alone (default: from all)",
@@ -518,7 +563,7 @@ def make_parser():
 def parse_arguments(argv):
     args = make_parser().parse_args(argv)
     refuse_below_one(args, "updates", "batch_tokens", "batches", "max_length", "window", "passes",
-                     "warmup", "eval_every", "eval_documents", "save_every")
+                     "heads", "warmup", "eval_every", "eval_documents", "save_every")
     for name, fits, want in (
             ("vocabulary", args.vocabulary is None or args.vocabulary >= 1, "at least 1"),
             ("eval_prompts", args.eval_prompts >= 0, "at least 0"),
@@ -528,9 +573,18 @@ def parse_arguments(argv):
         if not fits:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)}: must be {want}")
-    for name, values in (("architecture", ADAPTERS), ("loss", LOSSES)):
+    for name, values in (("architecture", [*ADAPTERS, "medusa"]), ("loss", LOSSES)):
         if getattr(args, name) not in values:
             raise UserError(f"--{name} {getattr(args, name)}: choose from {', '.join(values)}")
+    medusa = args.architecture == "medusa"
+    for fits, message in (
+            (medusa or args.exit_layer is not None, "--exit-layer: is needed, see --help"),
+            (not medusa or args.exit_layer is None, "--exit-layer: not for --architecture medusa, "
+             "whose heads read the last layer"),
+            (not medusa or args.init is None, "--init: not for --architecture medusa")):
+        if not fits:
+            raise UserError(message)
+    args.heads = args.heads if medusa else None
     if args.max_length > args.batch_tokens:
         raise UserError(f"--max-length {args.max_length}: must be at most --batch-tokens "
                         f"{args.batch_tokens}")

@@ -1,7 +1,7 @@
 """Files in and out: Hugging Face model folders, adapters, atomic writing. UserError names the file.
 
     config.json -> LlamaConfig     *.safetensors or pytorch_model*.bin -> Llama, its fingerprint
-    adapter folder -> Adapter
+    adapter folder -> Adapter      folder of Medusa heads -> Heads
 
 Nothing of the algorithm. What a config.json asks for and `llama.py` does not do is refused by name.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 
+from drafters.medusa import TREE, Heads
 from kangaroo import ADAPTERS
 from llama import Linear, Llama, LlamaConfig, UserError, build
 
@@ -219,11 +220,11 @@ def named_weights(module):
     """{Hugging Face's name: the parameter, or the rows of the stacked parameter, that it fills}."""
     weights = {}
     for name, weight in module.named_parameters():
-        path = name.split(".")[:-1]
+        *path, kind = name.split(".")
         owner = module.get_submodule(".".join(path))
         parts = owner.parts if isinstance(owner, Linear) else {path[-1]: len(weight)}
         for part, rows in zip(parts, weight.split(list(parts.values()))):
-            weights[".".join([*path[:-1], part, "weight"])] = rows
+            weights[".".join([*path[:-1], part, kind])] = rows
     return weights
 
 
@@ -416,8 +417,11 @@ def load_adapter(folder, model, exit_layer=None):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --adapter wants one with config.json and "
                         "adapter.safetensors or pytorch_model.bin")
-    where, config = folder / "config.json", read_config(folder)
+    where = folder / "config.json"
     data = read_json(where)
+    if "medusa_num_heads" in data:
+        raise UserError(f"{where}: holds Medusa heads, for --drafter medusa")
+    config = read_config(folder)
     refuse_misfit(folder, config, data, model)
     exit_layer = exit_layer_of(where, data, exit_layer, model.config.num_hidden_layers)
     refuse_bad_settings(where, data)
@@ -502,3 +506,66 @@ def vocabulary_ids(folder, ids, model):
         raise UserError(f"{folder}: vocabulary must be a list of token ids below vocab_size = "
                         f"{size}")
     return ids.long().to(model.norm.weight.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Medusa heads
+
+HEADS_FILES = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+
+
+def load_heads(folder, model):
+    """The heads in a folder, for this target: config.json, and one of HEADS_FILES.
+
+    They are as many as the file has: a published config.json may count fewer. Without projections
+    of their own they use the target's LM head, or the rows of it that `vocabulary` lists.
+    """
+    folder = Path(folder)
+    path, data, entries = heads_files(folder)
+    refuse_misfit(folder, model.config, data, model)
+    vocabulary, size = entries.pop("vocabulary", None), model.config.hidden_size
+    first = list(entries["0.0.linear.weight"][0]) if "0.0.linear.weight" in entries else []
+    if first[-1:] not in ([], [size]):
+        raise UserError(f"{path}: the heads have hidden_size = {first[-1]}, the model {size}")
+    blocks = data["medusa_num_layers"]
+    n = max(data["medusa_num_heads"], len({name.split(".")[0] for name in entries}))
+    own = model.config.vocab_size if f"0.{blocks}.weight" in entries else 0
+    if own and vocabulary:
+        raise UserError(f"{path}: holds projections, which have no use for `vocabulary`")
+    weight = model.norm.weight
+    heads = build(Heads, (n, blocks, size, own), weight.device, weight.dtype)
+    load_weights(heads, {f"heads.{name}": entry for name, entry in entries.items()}, path)
+    if vocabulary:
+        heads.draft_from(vocabulary_ids(folder, vocabulary[1](), model), model.lm_head)
+    heads.tree = tree_of(folder / "config.json", data.get("medusa_choices", TREE))
+    heads.source = str(folder)
+    return heads.eval()
+
+
+def heads_files(folder):
+    """(path of the weights, config.json as a dict, {name: (shape, function that reads)})."""
+    paths = [folder / name for name in HEADS_FILES if (folder / name).exists()]
+    if not paths:
+        raise UserError(f"{folder}: --drafter medusa wants a folder with config.json and "
+                        f"{' or '.join(HEADS_FILES)}")
+    where = folder / "config.json"
+    data = {"medusa_num_layers": 1} | read_json(where)
+    for name in ("medusa_num_heads", "medusa_num_layers"):
+        if not isinstance(data.get(name), int) or data[name] < 1:
+            raise UserError(f"{where}: {name} = {data.get(name)!r}, must be an integer of at least "
+                            "1")
+    if paths[0].suffix == ".safetensors":
+        return paths[0], data, safetensors_entries(paths[0])
+    return paths[0], data, pickle_entries(paths[0], {})
+
+
+def tree_of(where, paths):
+    """The tree that a config.json names, checked: paths of choices, each one's parent before it."""
+    seen = {()}
+    for path in paths if isinstance(paths, (list, tuple)) else [None]:
+        fits = isinstance(path, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in path)
+        if not fits or not path or tuple(path[:-1]) not in seen or tuple(path) in seen:
+            raise UserError(f"{where}: medusa_choices must be a list of paths such as [0, 1], each "
+                            f"after the path without its last choice, {path!r} is not")
+        seen.add(tuple(path))
+    return [tuple(path) for path in paths]

@@ -10,16 +10,26 @@ import statistics
 import sys
 from pathlib import Path
 
+from drafters.lookahead import LOOKAHEAD_WIDTH
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
 from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
 from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
-from support.decoder import ADAPTED, DEFAULT_MODEL, DRAFTERS, load, seed_of, timed
+from support.decoder import (
+    ADAPTED,
+    DEFAULT_MODEL,
+    DRAFTERS,
+    HEADED,
+    TREES,
+    load,
+    seed_of,
+    timed,
+)
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, write_page
 
-DRAFTING = [name for name in DRAFTERS if name != "tree"]  # which --tree names
+DRAFTING = [name for name in DRAFTERS if name not in TREES.values()]  # the others --tree names
 
 
 def make_parser():
@@ -32,9 +42,9 @@ def make_parser():
     option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
            "`turns`")
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
-    option("--adapter", "DIR", "the adapter's folder, or `random` (default: `adapter` in the "
-           "model's)")
-    option("--drafter", "NAME", "kangaroo, lookup, sps, rest, or none for vanilla decoding",
+    option("--adapter", "DIR", "the adapter's folder, or `random`; for medusa its heads (default: "
+           "`adapter` or `medusa` in the model's)")
+    option("--drafter", "NAME", "kangaroo, medusa, lookahead, lookup, sps, rest, or none: vanilla",
            "kangaroo")
     option("--draft-model", "DIR", "for sps: a small model's folder (default: none)")
     option("--datastore", "FILE", "for rest: what drafters/rest.py has made (default: none)")
@@ -84,6 +94,7 @@ def parse_arguments(argv):
     args = make_parser().parse_args(argv)
     if args.width is None:
         args.width = TREE_WIDTH if args.tree else WIDTH
+        args.width = LOOKAHEAD_WIDTH if args.drafter == "lookahead" else args.width
     trace, tree = args.trace and Path(args.trace), args.tree
     for fits, message in (
             ((args.prompt is None) != (args.prompts is None),
@@ -101,12 +112,12 @@ def parse_arguments(argv):
              f"--trace {trace}: must be a file, in a folder that exists"),
             (args.width > 1 or args.drafter == "none",
              "--width 1: has no room for a draft, give --drafter none too"),
-            (args.drafter == "kangaroo" or not tree, f"--tree: --drafter {args.drafter} drafts no "
-             "tree, only kangaroo does"),
+            (args.drafter in TREES or not tree, f"--tree: is for --drafter {' and '.join(TREES)}, "
+             f"not {args.drafter}"),
             (args.width > CHAIN_WIDTH or not tree,
              f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),
-            (tree or args.top_candidates is None, "--top-candidates: is for a tree, give --tree "
-             "too"),
+            (tree and args.drafter == "kangaroo" or args.top_candidates is None,
+             "--top-candidates: is for a tree of --drafter kangaroo, give --tree too"),
             (tree or args.drafter == "rest" or args.nodes is None,
              "--nodes: is for a tree, give --tree too"),
             (args.drafter == "sps" or args.draft_model is None,
@@ -115,7 +126,7 @@ def parse_arguments(argv):
              f"--datastore {args.datastore}: is for --drafter rest")):
         if not fits:
             raise UserError(message)
-    args.drafter = "tree" if tree else args.drafter
+    args.drafter = TREES[args.drafter] if tree else args.drafter
     return args
 
 
@@ -155,6 +166,8 @@ def warning(results, decoder, drafter):
     if drafted < 64 or accepted >= 0.03 * drafted:
         return None
     found = f"warning: of {drafted} drafted tokens {accepted} were accepted"
+    if drafter in HEADED:
+        return f"{found}: check that the heads {decoder.heads.source} are trained, for this model"
     if drafter not in ADAPTED:
         return f"{found}: this text does not suit --drafter {drafter}"
     trained = decoder.facts.get("chat_template", "unknown")
@@ -177,6 +190,7 @@ def prepare(args):
                    args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
                    args.width, args.chat, args.exit_layer, args.tf32, args.compile,
                    graphs=not (args.no_graphs or args.trace), system=args.system,
+                   heads=args.adapter if args.drafter in HEADED else False,
                    draft_model=args.draft_model, datastore=args.datastore)
     return decoder, decoder.settings(args.drafter, **wanted(args))
 

@@ -17,14 +17,16 @@ from pathlib import Path
 
 import torch
 
+from drafters.lookahead import LookaheadDrafter
 from drafters.lookup import PromptLookupDrafter
+from drafters.medusa import MedusaDrafter
 from drafters.rest import REST_STEPS, RestDrafter
 from drafters.sps import SPS_THRESHOLD, SpsDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
 from support.chat import encode_chat, find_chat_template
-from support.checkpoint import load_adapter, load_llama, read_config
+from support.checkpoint import load_adapter, load_heads, load_llama, read_config
 from support.datastore import read_datastore
 from support.graphs import (
     GraphedAdapter,
@@ -36,11 +38,15 @@ from support.graphs import (
 from support.tokenizer import TextStream, Tokenizer, difference
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
-DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "lookup": PromptLookupDrafter,
-            "sps": SpsDrafter, "rest": RestDrafter, "none": NoDrafter}
+DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "medusa": MedusaDrafter,
+            "medusa-tree": MedusaDrafter, "lookahead": LookaheadDrafter,
+            "lookup": PromptLookupDrafter, "sps": SpsDrafter, "rest": RestDrafter,
+            "none": NoDrafter}
 ADAPTED = "kangaroo", "tree"  # the drafters that need an adapter
+HEADED = "medusa", "medusa-tree"  # those that need Medusa heads
 # What other drafters need: the attribute of Decoder, and the flag.
 NEEDS = {"sps": ("draft_model", "--draft-model DIR"), "rest": ("datastore", "--datastore FILE")}
+TREES = {"kangaroo": "tree", "medusa": "medusa-tree"}  # what --tree makes of a drafter
 
 
 def pick_device_and_dtype(device=None, dtype=None, tf32=False):
@@ -69,16 +75,16 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
 
 
 def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
-         exit_layer=None, tf32=False, compile=False, graphs=True, system=None, draft_model=None,
-         datastore=None):
+         exit_layer=None, tf32=False, compile=False, graphs=True, system=None, heads=False,
+         draft_model=None, datastore=None):
     """A Decoder for a model folder.
 
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
-    False: none. device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more
-    than 8. exit_layer: overrides the adapter's. tf32, compile, graphs: for a GPU only. system: a
-    message before all turns, if the chat template takes one. Where the folder has no template,
-    `template.note` says what is taken. draft_model: a model folder, for the drafter sps. datastore:
-    a file, for the drafter rest.
+    False: none. heads: the same of Medusa heads and the folder `medusa`. device, dtype, chat:
+    names, None chooses. width: rows of a step; a tree needs more than 8. exit_layer: overrides the
+    adapter's. tf32, compile, graphs: for a GPU only. system: a message before all turns, if the
+    chat template takes one; where the folder has no template, `template.note` says what is taken.
+    draft_model: a model folder, for the drafter sps. datastore: a file, for the drafter rest.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -101,14 +107,17 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if adapter is not None:
         adapter, facts = load_adapter(adapter, llama, exit_layer)
         pack(adapter, width)
+    if heads is None and (folder / "medusa").is_dir():
+        heads = folder / "medusa"
+    heads = pack(load_heads(heads, llama), width) if heads else None
     pack(llama, width)
     if compile:
         fuse_pointwise()
     if width > 1 and not rows_are_alike(llama, width):
         print(f"warning: {device} does not treat the rows of a {dtype} step of width {width} "
               "alike, so the output may differ from vanilla decoding", file=sys.stderr)
-    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width, draft_model,
-                      datastore)
+    decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width, heads,
+                      draft_model, datastore)
     if device.type == "cuda" and graphs:
         decoder.use_graphs()
     return decoder
@@ -142,10 +151,11 @@ class Decoder:
     """A model, its tokenizer and what drafters need, ready to decode one prompt after another."""
 
     def __init__(self, folder, model, tokenizer, chat, template, adapter, facts, width,
-                 draft_model=None, datastore=None):
+                 heads=None, draft_model=None, datastore=None):
         self.folder, self.model, self.tokenizer, self.width = folder, model, tokenizer, width
         self.chat, self.template = chat, template
         self.adapter, self.facts = adapter, facts  # facts: the adapter's config.json
+        self.heads = heads  # Medusa's
         self.exit_layer = facts.get("exit_layer", 0)
         self.draft_model, self.datastore = draft_model, datastore
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -183,6 +193,8 @@ class Decoder:
         needed, flag = NEEDS.get(drafter, ("model", ""))
         if getattr(self, needed) is None:
             raise UserError(f"--drafter {drafter}: give {flag} too")
+        if drafter in HEADED and self.heads is None:
+            raise UserError(f"no Medusa heads for {self.folder}: give --adapter DIR")
         found, width = asdict(Settings(STEPS, THRESHOLD)), self.width
         facts = self.facts if drafter in ADAPTED else {}
         if drafter == "tree":  # what suits a chain need not suit a tree
@@ -192,6 +204,12 @@ class Decoder:
             found["threshold"] = SPS_THRESHOLD
         elif drafter == "rest":
             found |= {"steps": REST_STEPS, "nodes": width}
+        elif drafter in HEADED:
+            heads = self.heads
+            found = asdict(Settings(len(heads.heads), 0.0, nodes=len(heads.tree)))
+        elif drafter == "lookahead":
+            LookaheadDrafter(self.model, width)  # refuses a width that is too small
+            found = asdict(Settings(width - 1, 0.0))
         found |= {name: facts[name] for name in found if name in facts}
         found |= {name: min(found[name], width - 1) for name in ("steps", "nodes")}
         found |= {name: value for name, value in wanted.items() if value is not None}
@@ -200,11 +218,11 @@ class Decoder:
         for fits, message in (
                 (0 <= steps < width, f"--steps {steps}: must be from 0 to {width - 1}, {below}"),
                 (0 <= threshold <= 1, f"--threshold {threshold}: must be in [0, 1]"),
-                (drafter != "tree" or width > CHAIN_WIDTH,
+                (drafter not in TREES.values() or width > CHAIN_WIDTH,
                  f"--width {width}: must be above {CHAIN_WIDTH} for --tree"),
                 (drafter != "tree" or candidates >= 1,
                  f"--top-candidates {candidates}: must be at least 1"),
-                (drafter not in ("tree", "rest") or min(1, width - 1) <= nodes < width,
+                (drafter not in (*TREES.values(), "rest") or min(1, width - 1) <= nodes < width,
                  f"--nodes {nodes}: must be from 1 to {width - 1}, {below}")):
             if not fits:
                 raise UserError(message)
@@ -219,11 +237,15 @@ class Decoder:
             text = f"drafter exit layer {self.exit_layer}, γ {s.steps}, η {s.threshold:g}"
             if drafter == "tree":
                 text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
-        elif drafter in ("sps", "rest"):
+        elif drafter in NEEDS:
             s = settings or self.settings(drafter)
             source = getattr(self, NEEDS[drafter][0]).source
             text = f"drafter {drafter} with {Path(source).name}, γ {s.steps}"
             text += f", η {s.threshold:g}" if drafter == "sps" else ""
+            text += f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else ""
+        elif drafter in HEADED:
+            s = settings or self.settings(drafter)
+            text = f"drafter medusa, {len(self.heads.heads)} heads, γ {s.steps}"
             text += f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else ""
         else:
             text = f"drafter {drafter}"
@@ -233,7 +255,9 @@ class Decoder:
         return " · ".join(parts) + self.room
 
     def drafts_trees(self, drafter):
-        return drafter == "tree" or drafter == "rest" and self.width > CHAIN_WIDTH
+        """Whether its drafts are trees; those of rest are chains where a step has no trees."""
+        return drafter in (*TREES.values(), "lookahead") or (
+            drafter == "rest" and self.width > CHAIN_WIDTH)
 
     def make_room(self, prompts, max_new_tokens):
         """Before decoding these lists of ids with graphs: room in the caches for the longest.
@@ -252,16 +276,21 @@ class Decoder:
     def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
         """A drafter for one text, by its name in DRAFTERS."""
         settings = settings or self.settings(name)
+        width = width or self.width
+        if name in HEADED:
+            tree = self.heads.tree[:settings.nodes] if name == "medusa-tree" else None
+            return MedusaDrafter(self.model, self.heads, sampler, width, tree)
+        if name == "lookahead":
+            return LookaheadDrafter(self.model, width)
         if name == "sps":
-            return SpsDrafter(self.model, self.draft_model, settings.threshold, sampler,
-                              width or self.width)
+            return SpsDrafter(self.model, self.draft_model, settings.threshold, sampler, width)
         if name == "rest":
-            return RestDrafter(self.model, self.datastore, width or self.width, settings.nodes)
+            return RestDrafter(self.model, self.datastore, width, settings.nodes)
         if name not in ADAPTED:
             return DRAFTERS[name](self.model)
         more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
         drafter = DRAFTERS[name](self.model, self.adapter, self.exit_layer, settings.threshold,
-                                 sampler, width or self.width, *more)
+                                 sampler, width, *more)
         return graph_drafter(drafter) if self.graphed else drafter
 
     def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,

@@ -165,8 +165,41 @@ GRAPH_MUTATIONS = [
 ]
 
 
+METHODS_2_TESTS = ["tests/test_methods_2.py"]
+METHODS_2_MUTATIONS = [
+    ("the window moves by the drafted length", "drafters/lookahead.py",
+     "self.columns = moved[len(path):]", "self.columns = moved[len(choices) - 1:]"),
+    ("the window moves by one", "drafters/lookahead.py",
+     "self.columns = moved[len(path):]", "self.columns = moved"),
+    ("columns that were not run move on too", "drafters/lookahead.py",
+     "self.columns[1 + len(run):]", "self.columns[len(run):]"),
+    ("a pool keyed by the last token", "drafters/lookahead.py",
+     "self.pool.setdefault(ngram[0], [])", "self.pool.setdefault(ngram[-1], [])"),
+    ("the pool is asked for the token before", "drafters/lookahead.py",
+     "self.pool.get(ids[-1], [])", "self.pool.get(ids[-2:][0], [])"),
+    ("a column hangs below the one before", "drafters/lookahead.py",
+     "self.ends.append(hang(edges, chain, column[1:]))",
+     "self.ends.append(hang(edges, max(0, chain - 1), column[1:]))"),
+    ("a window is deeper than it may be", "drafters/lookahead.py",
+     "if j + self.ngram - 2 > n_max:", "if j > n_max:"),
+    ("heads read the state of a rejected row", "drafters/medusa.py",
+     "last = path[-1] if path else 0", "last = len(choices) - 1"),
+    ("heads read the row that a chain would have", "drafters/medusa.py",
+     "last = path[-1] if path else 0", "last = len(path)"),
+    ("heads read what the final norm has not seen", "drafters/medusa.py",
+     "self.model.norm(hidden[0, last:last + 1])", "hidden[0, last:last + 1]"),
+    ("heads' noise keyed by their number", "drafters/medusa.py",
+     "self.sampler.candidates(logits, position, None,",
+     "self.sampler.candidates(logits, 0, None,"),
+    ("a path's choices are of the head before", "drafters/medusa.py",
+     "choices[len(path) - 1][path[-1]]", "choices[len(path) - 2][path[-1]]"),
+    ("a tree hangs below the root", "drafters/medusa.py",
+     "parents.append(nodes[path[:-1]])", "parents.append(nodes[path[:-2]])"),
+]
+
+
 SUITES = ((TESTS, MUTATIONS), (TREE_TESTS, TREE_MUTATIONS), (METHOD_TESTS, METHOD_MUTATIONS),
-          (GRAPH_TESTS, GRAPH_MUTATIONS))
+          (METHODS_2_TESTS, METHODS_2_MUTATIONS), (GRAPH_TESTS, GRAPH_MUTATIONS))
 
 
 def mutated(file, old, new):

@@ -1,0 +1,620 @@
+"""Lookahead and Medusa: both oracles hold, the method wins where it must, files are read or
+refused."""
+import json
+import pickle
+import random
+from dataclasses import replace
+from math import ceil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DEVICES,
+    DTYPES,
+    TEXT,
+    TINY,
+    block,
+    config_json,
+    examples,
+    one_thread,  # noqa: F401 — used by all
+    random_model,
+    random_weights,
+    samplers,
+    save_file,
+    write_model,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from test_lossless import assert_equal_bits, configs, decode
+
+import train_adapter
+from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
+from drafters.medusa import TREE, Heads, MedusaDrafter, sparse_tree
+from kangaroo import NoDrafter, generate
+from llama import KVCache, Sampler, UserError, build
+from support import command_line
+from support.checkpoint import load_adapter, load_heads, load_llama, named_weights
+from support.decoder import load
+from support.graphs import direct_recorder
+from support.replay import read_page
+
+
+def random_heads(model, heads=3, own=False, seed=0, blocks=1):
+    config, weight = model.config, model.norm.weight
+    shape = heads, blocks, config.hidden_size, own and config.vocab_size
+    return random_weights(build(Heads, shape, weight.device, weight.dtype), seed)
+
+
+def make_drafter(kind, model, sampler, width, heads=None, window=WINDOW):
+    if kind == "lookahead":
+        return LookaheadDrafter(model, width, window=min(window, width // (NGRAM - 1)))
+    heads = heads or random_heads(model)
+    return MedusaDrafter(model, heads, sampler, width, TREE if kind == "medusa tree" else None)
+
+
+KINDS = "lookahead", "medusa", "medusa tree"
+
+
+# --------------------------------------------------------------------------------------------------
+# The first oracle: the bits of vanilla decoding
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(config=configs(), seed=st.integers(0, 999), sampler=samplers,
+       prompt_length=st.integers(1, 40), n=st.integers(1, 40),
+       width=st.sampled_from([2, 8, 9, 12, 16, 32]), data=st.data(), packed=st.booleans(),
+       own=st.booleans(), eos=st.sets(st.integers(0, 39), max_size=2))
+@examples(24)
+def test_any_method_gives_the_bits_of_vanilla(kind, device, dtype, config, seed, sampler,
+                                              prompt_length, n, width, data, packed, own, eos):
+    """Guards everything: depth at block edges and the end, rows moved after acceptance, EOS on a
+    branch, a tree that is wider than the step."""
+    width = width if kind == "medusa" else max(9, width)
+    steps = data.draw(st.integers(0, width - 1), "γ")
+    with block(data.draw(st.sampled_from([32, 64]), "block")):
+        model = random_model(config, seed, dtype, device, packed_for=width if packed else None)
+        # Heads of zeros say what the target said: right now and then, where a text repeats itself.
+        heads = random_heads(random_model(config, seed, dtype, device), own=own)
+        source = random.Random(seed)
+        prompt = [source.randrange(config.vocab_size) for _ in range(prompt_length)]
+        options = dict(steps=steps, sampler=sampler, eos=eos, width=width)
+        vanilla = decode(model, NoDrafter(model), prompt, n, **options)
+        drafted = decode(model, make_drafter(kind, model, sampler, width, heads), prompt, n,
+                         garbage=7e3, **options)
+        assert_equal_bits(model, prompt, vanilla, drafted)
+        for r in drafted[3]:
+            edges = list(zip(r.draft.parents, r.draft.tokens))
+            assert len(edges) < width and max(r.draft.levels()) <= steps
+            assert len(set(edges)) == len(edges)  # the second of equals could not be accepted
+
+
+# --------------------------------------------------------------------------------------------------
+# Toys in which a method must win
+
+def rule(following, hidden_size=None):
+    """A Llama whose next token is following[token]: states are one-hot, attention adds nothing."""
+    size = len(following)
+    config = replace(TINY, vocab_size=size, hidden_size=size, num_hidden_layers=2)
+    model = random_model(config, 1)
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
+    model.norm.weight.data.fill_(1)
+    model.embed_tokens.weight.data.copy_(torch.eye(size))
+    model.lm_head.weight.data.copy_(steps_ahead(following, 1))
+    return model
+
+
+def steps_ahead(following, k):
+    """A projection (V, V) that says from a one-hot state which token comes k steps later."""
+    weight = torch.zeros(len(following), len(following))
+    for token in range(len(following)):
+        later = token
+        for _ in range(k):
+            later = following[later]
+        weight[later, token] = 1
+    return weight
+
+
+CIRCLE = [(t + 1) % 12 for t in range(12)]  # a text that repeats itself every 12 tokens
+
+
+def run(model, drafter, prompt, n, steps=15, sampler=None, width=16):
+    """Rounds, whose text is checked against vanilla decoding; no block's edge cuts a draft."""
+    with block(256):
+        rounds, vanilla = (list(generate(model, who, prompt, n, steps, sampler, width=width))
+                           for who in (drafter, NoDrafter(model)))
+    assert sum((r.tokens for r in rounds), []) == sum((r.tokens for r in vanilla), [])
+    return rounds
+
+
+@pytest.mark.parametrize("window, ngram, n", [(6, 3, 70), (4, 4, 61), (2, 5, 33), (8, 2, 90)])
+def test_lookahead_on_a_periodic_text(window, ngram, n):
+    """A prompt of two periods fills the pool; then the window's longest path is right in every
+    round: W + N − 3 tokens and the target's own. A pool keyed by the wrong token costs rounds."""
+    model = rule(CIRCLE)
+    drafter = LookaheadDrafter(model, 16, window, ngram)
+    rounds = run(model, drafter, 2 * list(range(12)) + [0], n)
+    assert len(rounds) == ceil(n / (window + ngram - 2))
+
+
+@pytest.mark.parametrize("candidates", [2, 4])
+def test_the_n_grams_of_the_pool_are_accepted(candidates):
+    """A window of one column guesses nothing: what is accepted are the pool's n-grams, N − 1 tokens
+    a round."""
+    model = rule(CIRCLE)
+    drafter = LookaheadDrafter(model, 16, 1, 4, candidates)
+    drafter.guess = lambda ids, token: ids[-1]  # wrong
+    rounds = run(model, drafter, 2 * list(range(12)) + [0], 40)
+    assert len(rounds) == 10 and all(r.accepted == 3 for r in rounds[:-1])
+
+
+def test_lookahead_learns_without_a_prompt():
+    """From one token on, the window alone finds what follows what; vanilla needs 96 rounds."""
+    model = rule(CIRCLE)
+    assert len(run(model, LookaheadDrafter(model), [0], 96)) < 48
+
+
+class Clock:
+    """A target whose next token is the position: only what stands at its own place is right."""
+
+    def __init__(self, size=128):
+        self.model = rule([(t + 1) % size for t in range(size)])
+        self.model.run_layers = self.run_layers
+
+    def run_layers(self, x, positions, cache, first, last):
+        return F.one_hot(positions, x.shape[-1])[None].to(x.dtype)
+
+
+@pytest.mark.parametrize("window, ngram", [(6, 3), (4, 4), (3, 5)])
+def test_the_window_moves_by_the_accepted_length(window, ngram):
+    """After each round the columns that were run end with what the target says at their position,
+    and no guess stands where a word of the target's was. Guards against a window that moves by the
+    drafted length, or by one."""
+    model, checked, accepted = Clock().model, 0, set()
+    drafter = LookaheadDrafter(model, 16, window, ngram, 0)
+    drafter.guess = lambda ids, token: 0  # the token of position 0, wrong everywhere else
+    ids = [0]
+    for r in generate(model, drafter, ids, 36, 15, width=16):
+        ids += r.tokens
+        accepted.add(r.accepted)
+        kept = drafter.columns[:]
+        assert len(kept) == max(0, window - r.accepted) or len(ids) > 36 - 15
+        for j, column in enumerate(kept[:len(drafter.ends) - r.accepted]):
+            assert column[-1] == len(ids) - 1 + j + ngram - 2
+            checked += 1
+        for j, column in enumerate(kept):
+            assert all(token in (0, len(ids) - 1 + j + i) for i, token in enumerate(column))
+    assert ids == list(range(37)) and checked > 20 and len(accepted) > 1
+
+
+def test_columns_that_are_not_run_keep_their_place():
+    """Near a block's edge and the end there is no room for the deep ones: they stay where they
+    stand, and go on later."""
+    model = Clock().model
+    drafter = LookaheadDrafter(model, 16, 6, 3, 0)
+    drafter.guess = lambda ids, token: 0
+    ids, seen = [0], 0
+    with block(32):
+        for r in generate(model, drafter, ids, 50, 3, width=16):
+            ids += r.tokens
+            for j, column in enumerate(drafter.columns):
+                assert all(token in (0, len(ids) - 1 + j + i) for i, token in enumerate(column))
+                seen += len(column) - column.count(0)
+    assert seen > 50
+
+
+def test_the_pool_keeps_the_latest_n_grams():
+    """At most G a token, the last learned first; one that comes again is not kept twice."""
+    drafter = LookaheadDrafter(random_model(), 16, 1, 3, 2)
+    drafter.prefill([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], None)
+    assert drafter.pool[1] == [[4, 5], [2, 3]]
+    draft = drafter.draft([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], 9, None)
+    paths = [p for p in zip(draft.parents, draft.tokens)]
+    assert draft.child(0, 4) and draft.child(draft.child(0, 4), 5)
+    assert paths.index((0, 2)) < paths.index((0, 4))  # the window's guess is the latest too
+    drafter.learn([1, 7, 7])
+    assert drafter.pool[1] == [[2, 3], [7, 7]]
+
+
+def perfect_heads(model, following, heads=3):
+    """Heads that are right about a `rule`: blocks that add nothing, and a projection k + 1 on."""
+    found = random_heads(model, heads, own=True)
+    for k, head in enumerate(found.heads):
+        head[0].linear.weight.data.zero_(), head[0].linear.bias.data.zero_()
+        head[-1].weight.data.copy_(steps_ahead(following, k + 2))
+    return found
+
+
+@pytest.mark.parametrize("tree", [None, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("heads", [1, 3, 5])
+@pytest.mark.parametrize("n", [1, 8, 33])
+def test_heads_that_are_right_by_construction(tree, heads, n):
+    """Each round has K tokens and the target's own: ⌈N / (K + 1)⌉ rounds. A head that is off by a
+    position, or the state of another token, has nothing accepted."""
+    model = rule([(5 * t + 3) % 16 for t in range(16)])
+    found = perfect_heads(model, [(5 * t + 3) % 16 for t in range(16)], heads)
+    rounds = run(model, MedusaDrafter(model, found, None, 16, tree), [3, 2], n)
+    depth = min(heads, 3) if tree else heads
+    assert len(rounds) == ceil(n / (depth + 1))
+    alone = run(model, MedusaDrafter(model, found, None, 16, tree), [2], n)
+    assert not alone[0].draft.tokens  # nothing has been run yet
+    assert len(alone) == 1 + ceil((n - 1) / (depth + 1))
+
+
+@pytest.mark.parametrize("tree", [None, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(1.0, seed=3), Sampler(5.0, seed=4),
+                                     Sampler(1.0, 2, 0.9, 5)],
+                         ids=["greedy", "T 1", "T 5", "top-k"])
+def test_heads_use_the_noise_of_the_position(tree, sampler):
+    """A target that says the same everywhere is foreseen by heads that add nothing, at any
+    temperature: with the same noise they choose the same tokens."""
+    model = rule(CIRCLE)
+    model.embed_tokens.weight.data.fill_(3)
+    model.lm_head.weight.data.copy_(torch.randn(12, 12, generator=torch.manual_seed(0)))
+    heads = random_heads(model)
+    for head in heads.heads:
+        head[0].linear.weight.data.zero_(), head[0].linear.bias.data.zero_()
+    rounds = run(model, MedusaDrafter(model, heads, sampler, 16, tree), [3, 2], 40, 15, sampler)
+    assert len(rounds) == 10 and all(r.accepted == 3 for r in rounds[:-1])
+
+
+# --------------------------------------------------------------------------------------------------
+# The second oracle: what Medusa drafts
+
+@pytest.mark.parametrize("kind", ["medusa", "medusa tree"])
+@given(seed=st.integers(0, 999), sampler=samplers, prompt_length=st.integers(2, 20),
+       own=st.booleans(), vocabulary=st.booleans())
+@examples(20)
+def test_every_draft_is_that_of_a_fresh_drafter(kind, seed, sampler, prompt_length, own,
+                                                vocabulary):
+    """Its state is that of the last committed token that was run, whatever was rejected: a drafter
+    that was given the text as its prompt drafts the same."""
+    model = random_model(TINY, seed, torch.float64)
+    heads = random_heads(model, own=own, seed=seed)
+    if vocabulary and not own:
+        heads.draft_from(torch.arange(0, 40, 3), model.lm_head)
+    ids = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
+    drafter, inner = make_drafter(kind, model, sampler, 16, heads), None
+
+    def draft(ids, n_max, cache):
+        fresh = make_drafter(kind, model, sampler, 16, heads)
+        states = model.embed(ids[:-1])
+        empty = KVCache.zeros(TINY, 4, len(ids), states)
+        fresh.prefill(ids[:-1], empty)
+        states = model.run_layers(states, torch.arange(len(ids) - 1), empty, 0, 4)
+        fresh.observe(states, ids[1:], list(range(1, len(ids) - 1)))
+        found, expected = inner(ids, n_max, cache), fresh.draft(ids, n_max, cache)
+        assert found.tokens == expected.tokens and found.parents == expected.parents
+        assert found.confidence == pytest.approx(expected.confidence, abs=1e-9)
+        assert not vocabulary or own or not any(token % 3 for token in found.tokens)
+        return found
+
+    inner, drafter.draft = drafter.draft, draft
+    rounds = list(generate(model, drafter, ids, 20, 7, sampler, width=16))
+    assert sum(len(r.tokens) for r in rounds) == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_host_syncs(kind, monkeypatch):
+    """One a round, and for Medusa's heads one more: each more costs a GPU its queue."""
+    model, sampler, syncs = random_model(), Sampler(0.7, 5, 0.9), []
+    drafter = make_drafter(kind, model, sampler, 16)
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu",
+                 "nonzero"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, original=original:
+                            (syncs.append(original), original(*args))[1])
+    rounds = list(generate(model, drafter, [1, 2, 3, 2, 3], 30, 5, sampler, width=16))
+    drafted = sum(bool(r.draft.tokens) for r in rounds)
+    assert len(syncs) == len(rounds) + (drafted if kind != "lookahead" else 0)
+
+
+def test_a_tree_is_the_likeliest_paths():
+    """By the products of how often a choice was right; each path after the one that it goes on."""
+    tree = sparse_tree([[0.5, 0.3, 0.1], [0.4, 0.05], [0.9]], 6)
+    assert tree == [(0,), (1,), (0, 0), (0, 0, 0), (1, 0), (1, 0, 0)]
+    assert sparse_tree([[0.5]], 9) == [(0,)]
+    for i, path in enumerate(TREE):
+        assert len(path) == 1 or path[:-1] in TREE[:i]
+    assert len(set(TREE)) == len(TREE) == 15
+
+
+def test_heads_full_of_nan_are_an_error():
+    """They would draft nonsense in silence."""
+    model = random_model()
+    heads = random_heads(model)
+    heads.source = "the damaged ones"
+    heads.heads[1][0].linear.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="the damaged ones: what it drafts with is not finite"):
+        list(generate(model, MedusaDrafter(model, heads), [1, 2], 9))
+
+
+@pytest.mark.parametrize("kwargs, words", [
+    ({"width": 8}, "--width 8: must be above 8"), ({"width": 9}, "must be at least 12"),
+    ({"window": 0}, "window 0"), ({"ngram": 1}, "ngram 1"), ({"candidates": -1}, "-1")])
+def test_a_window_that_does_not_fit(kwargs, words):
+    """Guards against a failed assertion in the middle of a text."""
+    assert WINDOW * (NGRAM - 1) + CANDIDATES * (NGRAM - 1) == 16  # the rows of its width
+    with pytest.raises(UserError, match=words):
+        LookaheadDrafter(random_model(), **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files and flags
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder without an end-of-sequence token."""
+    folder = tmp_path_factory.mktemp("methods") / "model"
+    config = write_model(folder)
+    (folder / "config.json").write_text(json.dumps(config_json(replace(config, eos_token_ids=()))))
+    return folder
+
+
+def write_heads(folder, model, form="pt", heads=3, own=True, blocks=1, **config):
+    """A folder of heads as the authors' code saves them, or with own=False as ours does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name.removeprefix("heads."): weight.detach().clone() for name, weight in
+               named_weights(random_heads(model, heads, own, 5, blocks)).items()}
+    if form == "pt":
+        torch.save(tensors, folder / "medusa_lm_head.pt")
+    else:
+        save_file(tensors, folder / "medusa_lm_head.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "medusa_num_heads": heads, "medusa_num_layers": blocks,
+        "base_model_name_or_path": "a/model", "transformers_version": "4.31.0"} | config))
+    return tensors
+
+
+@pytest.fixture
+def cli(folder, capfd):
+    """Run the program; returns (exit status, stdout, stderr)."""
+    def run(*args):
+        words = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--prompt",
+                 "Once upon a time", "--max-new-tokens", 24, *args]
+        return command_line.main([str(word) for word in words]), *capfd.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("own, blocks", [(True, 1), (True, 2), (False, 1)])
+def test_both_forms_hold_the_same_heads(tmp_path, own, blocks):
+    """Names as the authors write them; a published config.json may count fewer heads than the file
+    holds."""
+    model = random_model()
+    for form in ("pt", "safetensors"):
+        tensors = write_heads(tmp_path / form, model, form, own=own, blocks=blocks,
+                              medusa_num_heads=2)
+        assert "0.0.linear.bias" in tensors and own == (f"2.{blocks}.weight" in tensors)
+        heads = load_heads(tmp_path / form, model)
+        assert len(heads.heads) == 3 and heads.own == own and heads.tree == list(TREE)
+        x, parts = torch.randn(1, 32), []
+        for k in range(3):
+            y = x
+            for i in range(blocks):
+                name = f"{k}.{i}.linear"
+                y = y + F.silu(y @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"])
+            parts.append(y @ (tensors[f"{k}.{blocks}.weight"] if own else model.lm_head.weight).T)
+        assert torch.allclose(heads(x, 3, model.lm_head), torch.cat(parts), atol=1e-5)
+        assert torch.allclose(heads(x, 2, model.lm_head), torch.cat(parts[:2]), atol=1e-5)
+
+
+def test_our_own_form_has_a_vocabulary(tmp_path):
+    """Rows of the target's LM head, and the tree that config.json names; another target is
+    refused."""
+    model = random_model()
+    tensors = write_heads(tmp_path, model, "safetensors", own=False, architecture="medusa",
+                          medusa_choices=[[0], [1], [1, 0]])
+    save_file(tensors | {"vocabulary": torch.tensor([5, 9, 2], dtype=torch.int8)},
+              tmp_path / "medusa_lm_head.safetensors")
+    heads = load_heads(tmp_path, model)
+    assert heads.tree == [(0,), (1,), (1, 0)] and heads.vocabulary.tolist() == [5, 9, 2]
+    rounds = run(model, MedusaDrafter(model, heads, None, 16, heads.tree), [1, 2], 20)
+    assert {token for r in rounds for token in r.draft.tokens} <= {5, 9, 2}
+    (tmp_path / "config.json").write_text('{"medusa_num_heads": 3, "target": "another"}')
+    model.fingerprint = "this"
+    with pytest.raises(UserError, match="trained for another model"):
+        load_heads(tmp_path, model)
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize("args", [[], ["--tree"], ["--tree", "--nodes", 5], ["--steps", 1],
+                                  ["--tree", "--width", 32], ["--temperature", 0.9]],
+                         ids=lambda args: " ".join(map(str, args)) or "chain")
+def test_medusa_gives_vanilla_ids(cli, folder, tmp_path, form, args):
+    """From flags to ids, and what is told of it."""
+    write_heads(tmp_path, load(folder, False, "cpu", "float32").model, form)
+    args = ["--drafter", "medusa", "--adapter", tmp_path, "--compare", *args]
+    status, out, err = cli("--json", *args)
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["identical"] and len(result["ids"]) == 24 and sum(result["drafted"])
+    text = cli(*args)[2]
+    nodes = 5 if "--nodes" in args else 15
+    assert "drafter medusa, 3 heads, γ " + ("1" if "--steps" in args else "3") in text
+    assert ("--tree" in args) == ("trees" in result) == (f"tree of {nodes} nodes" in text)
+    assert all(len(t["tokens"]) == len(t["confidence"]) <= nodes for t in result.get("trees", []))
+
+
+def test_the_folder_medusa_is_the_default(cli, folder, tmp_path, monkeypatch):
+    """As `adapter` is for Kangaroo."""
+    write_heads(folder / "medusa", load(folder, False, "cpu", "float32").model)
+    try:
+        assert "3 heads" in cli("--drafter", "medusa")[2]
+    finally:
+        for path in (folder / "medusa").iterdir():
+            path.unlink()
+        (folder / "medusa").rmdir()
+
+
+@pytest.mark.parametrize("args", [[], ["--steps", 3], ["--width", 32], ["--temperature", 0.9]],
+                         ids=lambda args: " ".join(map(str, args)) or "default")
+def test_lookahead_gives_vanilla_ids(cli, args):
+    """From flags to ids, at the width of its own."""
+    args = ["--drafter", "lookahead", "--compare", *args]
+    status, out, err = cli("--json", *args)
+    result = json.loads(out)
+    assert status == 0 and result["identical"] and sum(result["drafted"])
+    assert [len(t["tokens"]) for t in result["trees"]] == result["drafted"]
+    status, out, err = cli(*args)
+    assert "nodes drafted and" in out
+    assert f"drafter lookahead · width {32 if 32 in args else 16}" in err
+
+
+def refused(cli, words, *args):
+    status, out, err = cli(*args)
+    assert (status, out) == (2, "") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--drafter", "lookahead", "--width", 8], ["--width 8", "above 8", "lookahead"]),
+    (["--drafter", "lookahead", "--width", 10], ["--width 10", "at least 12"]),
+    (["--drafter", "lookahead", "--tree"], ["--tree", "lookahead"]),
+    (["--drafter", "lookahead", "--nodes", 4], ["--nodes", "--tree"]),
+    (["--drafter", "medusa"], ["no Medusa heads", "--adapter"]),
+    (["--drafter", "medusa-tree"], ["--drafter medusa-tree"]),
+    (["--drafter", "medusa", "--adapter", "absent"], ["absent", "medusa_lm_head.pt"]),
+    (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--width", 8], ["--width 8"]),
+    (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--nodes", 16], ["--nodes 16"]),
+    (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--top-candidates", 3],
+     ["--top-candidates", "kangaroo"]),
+    (["--drafter", "medusa", "--adapter", "HEADS", "--steps", 8], ["--steps 8"]),
+    (["--adapter", "HEADS"], ["config.json", "Medusa heads", "--drafter medusa"])],
+                         ids=lambda value: " ".join(map(str, value)) if "--" in value[0] else None)
+def test_flags_that_do_not_fit(cli, folder, tmp_path, args, words):
+    """One line that names the flag, before any output."""
+    write_heads(tmp_path, load(folder, False, "cpu", "float32").model)
+    refused(cli, words, *(tmp_path if word == "HEADS" else word for word in args))
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: (f / "config.json").unlink(), ["config.json", "cannot be read"]),
+    (lambda f: change(f / "config.json", medusa_num_heads="three"), ["medusa_num_heads", "three"]),
+    (lambda f: change(f / "config.json", medusa_num_layers=0), ["medusa_num_layers = 0"]),
+    (lambda f: change(f / "config.json", medusa_num_heads=4), ["3.0.linear.weight", "missing"]),
+    (lambda f: change(f / "config.json", medusa_choices=[[0], [1, 0]]), ["medusa_choices",
+                                                                         "[1, 0]"]),
+    (lambda f: change(f / "config.json", medusa_choices=7), ["medusa_choices"]),
+    (lambda f: write_heads(f, random_model(replace(TINY, hidden_size=48))), ["hidden_size = 48",
+                                                                             "32"]),
+    (lambda f: write_heads(f, random_model()), ["misshapen", "0.1.weight"]),  # 40 tokens, not 340
+    (lambda f: (f / "medusa_lm_head.pt").write_bytes(b"PK"), ["medusa_lm_head.pt", "truncated"]),
+    (lambda f: (f / "medusa_lm_head.pt").unlink(), ["medusa_lm_head.safetensors or"]),
+    (lambda f: torch.save({"0.1.weight": torch.ones(9, 9), "vocabulary": torch.arange(9)},
+                          f / "medusa_lm_head.pt"), ["projections", "vocabulary"]),
+    (lambda f: torch.save({"0.0.linear.weight": 1}, f / "medusa_lm_head.pt"), ["more than"])])
+def test_heads_that_do_not_fit(cli, folder, tmp_path, damage, words):
+    """One line that names the file and the field."""
+    write_heads(tmp_path, load(folder, False, "cpu", "float32").model)
+    damage(tmp_path)
+    refused(cli, words, "--drafter", "medusa", "--adapter", tmp_path)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save", [
+    lambda x, path: path.write_bytes(pickle.dumps(x)), torch.save], ids=["pickle", "torch"])
+def test_code_among_the_heads_does_not_run(cli, folder, tmp_path, save):
+    """Heads come from strangers: weights and nothing else."""
+    write_heads(tmp_path, load(folder, False, "cpu", "float32").model)
+    save({"0.0.linear.weight": Malicious(tmp_path / "ran")}, tmp_path / "medusa_lm_head.pt")
+    refused(cli, ["medusa_lm_head.pt", "more than tensors"], "--drafter", "medusa", "--adapter",
+            tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_heads_are_no_adapter(tmp_path):
+    """Guards the message: the folder is whole, but for another drafter."""
+    model = random_model()
+    write_heads(tmp_path, model)
+    with pytest.raises(UserError, match="--drafter medusa"):
+        load_adapter(tmp_path, model)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+def test_a_head_learns_what_the_target_says_later():
+    """Guards the shift: heads that are right by construction agree with the target at every
+    position that has one so far before it, and with their order turned round at none."""
+    model = rule(CIRCLE)
+    heads = perfect_heads(model, CIRCLE, 3)
+    target = train_adapter.MedusaTarget(model, 2)
+    target.draft_logits = lambda x: x  # these heads have projections of their own
+    learn = torch.ones(2, 20, dtype=torch.bool)
+    learn[0, :9] = False
+    states = target.states(torch.arange(40).view(2, 20) % 12, learn)
+    _, _, agreed, positions = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    assert agreed == positions == 3 * 11 + 19 + 18 + 17
+    heads.heads = heads.heads[::-1]
+    _, _, agreed, _ = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    assert agreed == 11 + 18  # the middle one is where it was
+
+
+def words(folder, tmp_path, *args):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {text}" for i in range(10)
+                                                   for text in TEXT))
+    return [str(word) for word in [
+        "--model", folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
+        "--architecture", "medusa", "--device", "cpu", "--dtype", "float32", "--max-length", 100,
+        "--batch-tokens", 400, "--batches", 2, "--window", 20, "--updates", 12, "--warmup", 2,
+        "--lr", 0.02, "--eval-prompts", 1, "--eval-documents", 4, "--save-every", 4, *args]]
+
+
+@pytest.mark.parametrize("vocabulary", [None, 90])
+def test_training_heads(folder, tmp_path, capfd, vocabulary):
+    """From text to a folder that the drafter reads: the loss falls, and going on from a checkpoint
+    gives the same heads."""
+    args = ["--vocabulary", vocabulary] if vocabulary else []
+    assert train_adapter.main(words(folder, tmp_path, *args)) == 0
+    assert "adapter medusa, 0.00 M parameters" in capfd.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    loss = [row["loss"] for row in rows if "loss" in row]
+    assert loss[-1] < loss[0]
+    model = load_llama(folder)
+    heads = load_heads(tmp_path / "out", model)
+    assert len(heads.heads) == 3 and not heads.own
+    assert (heads.vocabulary is None) == (vocabulary is None)
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert facts["architecture"] == "medusa" and facts["training"]["updates"] == 12
+    weights = (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes()
+    (tmp_path / "out" / "medusa_lm_head.safetensors").unlink()
+    assert train_adapter.main(words(folder, tmp_path, *args, "--resume")) == 0
+    assert (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--exit-layer", 1], "--exit-layer"), (["--init", "x"], "--init"), (["--heads", 0], "--heads"),
+    (["--architecture", "attention"], "--exit-layer: is needed")])
+def test_training_options_that_do_not_fit(folder, tmp_path, capfd, args, word):
+    """Guards against options that would do nothing."""
+    assert train_adapter.main(words(folder, tmp_path, *args)) == 2
+    assert word in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("drafter", ["lookahead", "medusa", "medusa-tree"])
+def test_graphs_and_the_page_take_any_method(cli, folder, tmp_path, drafter):
+    """Replayed steps give the same rounds; --trace records what it finds."""
+    write_heads(tmp_path, load_llama(folder))
+    decoder = load(folder, False, "cpu", "float32", 16, heads=tmp_path)
+    ids = decoder.encode("Once upon a time")
+    plain = [r.tokens for r in decoder.rounds(ids, drafter, 24)]
+    decoder.use_graphs(direct_recorder)
+    assert [r.tokens for r in decoder.rounds(ids, drafter, 24)] == plain
+    flags = ["--drafter", drafter.removesuffix("-tree"), *(["--tree"] if "-" in drafter else [])]
+    heads = ["--adapter", tmp_path] if drafter != "lookahead" else []
+    assert cli(*flags, *heads, "--trace", tmp_path / "page.html")[0] == 0
+    assert len(read_page(tmp_path / "page.html")["rounds"]) == len(plain)
