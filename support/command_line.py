@@ -42,10 +42,8 @@ def make_parser():
     option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
            "`turns`")
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
-    option("--adapter", "DIR", "the adapter's folder, or `random`; for medusa its heads (default: "
-           "`adapter` or `medusa` in the model's)")
-    option("--drafter", "NAME", "kangaroo, medusa, lookahead, lookup, sps, rest, or none: vanilla",
-           "kangaroo")
+    option("--adapter", "DIR", "its folder, or `random`; Medusa's heads (default: in the model's)")
+    option("--drafter", "NAME", "kangaroo, medusa, lookahead, lookup, sps, rest, none", "kangaroo")
     option("--draft-model", "DIR", "for sps: a small model's folder (default: none)")
     option("--datastore", "FILE", "for rest: what drafters/rest.py has made (default: none)")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
