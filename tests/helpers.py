@@ -30,16 +30,6 @@ TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, nu
                    num_key_value_heads=2, head_dim=8, vocab_size=40, max_position_embeddings=1024)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For modules that import it: threads make a tiny model slower, and on a busy machine ten times
-    as slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # A falsifying example is printed with all its numbers, the seeds among them; weights and prompts
 # follow from these. HYPOTHESIS_PROFILE=thorough tries three times as many examples, for the night;
 # hurried does not shrink a falsifying one, for tests/mutations.py.

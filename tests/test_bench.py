@@ -3,7 +3,7 @@ import json
 from argparse import Namespace
 
 import pytest
-from helpers import one_thread, write_adapter, write_model  # noqa: F401
+from helpers import write_adapter, write_model
 
 from bench import ablations, spec_bench
 from bench.common import asked_for

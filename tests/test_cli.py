@@ -39,15 +39,6 @@ def edit(path, **changes):
     path.write_text(json.dumps({name: value for name, value in data.items() if value is not None}))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads make a tiny model slower, and on a busy machine ten times as slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model folder with an adapter, and without an end-of-sequence token, so that the length of a

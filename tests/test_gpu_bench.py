@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import one_thread, write_adapter, write_model  # noqa: F401
+from helpers import write_adapter, write_model
 
 from bench import gpu
 from kangaroo import NoDrafter, generate

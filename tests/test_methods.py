@@ -31,7 +31,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_cli import SCRIPT, cli, decode, model, one_thread, refused  # noqa: F401
+from test_cli import SCRIPT, cli, decode, model, refused  # noqa: F401
 from test_drafter import CheckedDrafter
 
 from drafters.rest import END, LONGEST, MATCHES, RestDrafter

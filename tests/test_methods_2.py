@@ -17,7 +17,6 @@ from helpers import (
     block,
     config_json,
     examples,
-    one_thread,  # noqa: F401 — used by all
     random_model,
     random_weights,
     samplers,

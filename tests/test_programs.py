@@ -8,7 +8,7 @@ import re
 from functools import partial
 
 import pytest
-from helpers import one_thread, write_adapter, write_model  # noqa: F401
+from helpers import write_adapter, write_model
 
 from bench import ablations, choose, gpu, order, spec_bench, speed
 from models import make_stories, own_answers

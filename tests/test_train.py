@@ -23,7 +23,6 @@ from helpers import (
     PROFILE,
     TEXT,
     TINY,
-    one_thread,  # noqa: F401
     random_model,
     random_weights,
     save_file,
