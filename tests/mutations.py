@@ -219,7 +219,7 @@ def run_with(tests, file, old, new):
         for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
             shutil.copy(path, folder)
         (Path(folder) / file).write_text(mutated(file, old, new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
         env = os.environ | {"HYPOTHESIS_PROFILE": "hurried", "OMP_NUM_THREADS": "1",
                             "HYPOTHESIS_STORAGE_DIRECTORY": folder}
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
