@@ -37,7 +37,7 @@ from support import command_line
 from support.checkpoint import load_adapter, load_llama, named_weights, read_config
 from support.decoder import load
 
-ABSENT = object()
+ABSENT = type("ABSENT", (), {"__repr__": lambda self: "ABSENT"})()  # the same name in all processes
 LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192
