@@ -847,8 +847,9 @@ ONE = json.dumps({"text": TEXT[0]})
      ("bad.txt", TEXT[3].encode("latin-1", "replace"), ["bad.txt", "cannot be read as UTF-8"]),
      ("bad.bin", random.Random(0).randbytes(999), ["bad.bin", "cannot be read as UTF-8"]),
      ("bad.json.gz", ONE, ["bad.json.gz", "cannot be read"]),
-     ("bad.json.gz", gzip.compress(ONE.encode() * 50, mtime=0)[:-20], ["bad.json.gz", "cannot be read"]),
-     ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999))[:10] + b"\xff" * 500,
+     ("bad.json.gz", gzip.compress(ONE.encode() * 50, mtime=0)[:-20],
+      ["bad.json.gz", "cannot be read"]),
+     ("bad.json.gz", gzip.compress(random.Random(0).randbytes(999), mtime=0)[:10] + b"\xff" * 500,
       ["bad.json.gz", "cannot be read"]),
      ("missing.json", None, ["missing.json", "cannot be read"])])
 def test_damaged_data_is_refused(refused, folder, tmp_path, name, data, parts):
