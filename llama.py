@@ -23,11 +23,13 @@ modeling_llama.py for the arithmetic and gpt-fast for a cache that is addressed 
 """
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -12,9 +12,11 @@ Nothing of the algorithm. Left out on purpose: several texts at once.
 import hashlib
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 
 from drafters.lookahead import LookaheadDrafter

@@ -5,7 +5,10 @@ written.
 """
 import json
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from helpers import write_adapter, write_model
@@ -14,6 +17,7 @@ from bench import ablations, choose, gpu, order, spec_bench, speed
 from models import make_stories, own_answers
 from support.program import run_program
 
+ROOT = Path(__file__).resolve().parents[1]
 TALK = json.dumps([{"conversations": [{"from": "human", "value": "Why?"},
                                       {"from": "gpt", "value": "Because."}]}])
 FILES = {
@@ -156,3 +160,12 @@ def test_order_decodes_the_prompts_of_a_file(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert len(re.findall(r"in order of position  +0 of 8 rows", out)) == 2
     assert len(re.findall(r"in order of slot", out)) == 2 and "warning" not in err
+
+
+@pytest.mark.parametrize("module", ["llama", "kangaroo", "train_adapter", "support.decoder"])
+def test_importing_is_quiet(module):
+    """PyTorch warns of a missing NumPy, which nothing here needs: two lines about somebody else's
+    files were the first that a user of the Python interface saw."""
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout == done.stderr == ""
