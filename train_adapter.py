@@ -348,6 +348,7 @@ class Training:
         """Documents to train on and held out, and how to encode them."""
         args, config = self.args, self.model.config
         self.tokenizer = Tokenizer(args.model, config)
+        self.model.config = config = self.tokenizer.with_ends(config)
         self.chat, self.template = find_chat_template(args.model, args.chat)
         self.encode = partial(encode, tokenizer=self.tokenizer, template=self.template,
                               eos=config.eos_token_ids,

@@ -184,7 +184,9 @@ def update(variant, target, adapter, parameters, states, args):
 def trained(todo, args):
     """[(variant, its adapter)], all trained on the same states."""
     model = load_llama(args.model, *pick_device_and_dtype(args.device, args.dtype))
-    encoded = partial(encode, tokenizer=Tokenizer(args.model, model.config),
+    tokenizer = Tokenizer(args.model, model.config)
+    model.config = tokenizer.with_ends(model.config)
+    encoded = partial(encode, tokenizer=tokenizer,
                       template=find_chat_template(args.model)[1], eos=model.config.eos_token_ids,
                       max_length=args.max_length)
     documents, held = split(args.data, False)

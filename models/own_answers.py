@@ -105,6 +105,7 @@ def main(argv=None):
     device, dtype = pick_device_and_dtype(args.device, args.dtype)
     model = pack(load_llama(args.model, device, dtype), args.batch)
     tokenizer = Tokenizer(args.model, model.config)
+    model.config = tokenizer.with_ends(model.config)
     batches = batches_of_questions(args, tokenizer, model.config.max_position_embeddings)
     begin, tokens = time.perf_counter(), 0
     with open(args.out, "w", encoding="utf-8") as out:

@@ -82,6 +82,7 @@ def parse_arguments(argv):
 def make(args):
     begin, config = time.perf_counter(), read_config(args.model)
     tokenizer = Tokenizer(args.model, config)
+    config = tokenizer.with_ends(config)
     _, template = find_chat_template(args.model, args.chat)
     documents, _ = split(args.data)
     tokens = joined(encode(document, tokenizer, template, config.eos_token_ids, sys.maxsize)[0]

@@ -103,6 +103,7 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if datastore is not None:
         datastore = read_datastore(datastore, tokenizer, read_config(folder).vocab_size)
     llama, facts = load_llama(folder, device, dtype), {}
+    llama.config = tokenizer.with_ends(llama.config)
     if adapter is None and (folder / "adapter").is_dir():
         adapter = folder / "adapter"
     adapter = adapter or None

@@ -13,6 +13,7 @@ Chats are `support/chat.py`. Left out on purpose: truncation, padding, pairs of 
 """
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -34,6 +35,7 @@ def read_metadata(folder):
     data = read_json(path) if path.exists() else {}
     if "added_tokens_decoder" not in data and (folder / "special_tokens_map.json").exists():
         data |= read_json(folder / "special_tokens_map.json")  # newer folders repeat it
+    data["names_eos"] = bool(data.get("eos_token"))
     if (folder / "tokenizer.model").exists() or "LlamaTokenizer" in str(
             data.get("tokenizer_class")):
         data = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | data
@@ -127,6 +129,13 @@ class Tokenizer:
         """The ids with BOS before them, if the model wants it and they have none."""
         wanted = self.add_bos and self.bos is not None and ids[:1] != [self.bos]
         return self.within([self.bos, *ids]) if wanted else ids
+
+    def with_ends(self, config):
+        """The LlamaConfig, whose texts also end with the EOS that the tokenizer's own files name:
+        for a chat it may be another than config.json's."""
+        named = self.metadata["names_eos"] and self.eos in range(self.vocab_size)
+        ids = {*config.eos_token_ids} | ({self.eos} if named else set())
+        return replace(config, eos_token_ids=tuple(sorted(ids)))
 
     def encode_part(self, text, after=None):
         """The ids of a text that follows the token `after`; None: that begins."""

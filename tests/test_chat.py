@@ -15,6 +15,7 @@ from llama import UserError
 from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
 from support.command_line import main
 from support.data import encode, prompt_of
+from support.decoder import load
 from support.tokenizer import Tokenizer
 
 # Templates as models have them, each with something of its own.
@@ -472,3 +473,20 @@ def test_ids_of_a_tokenizer_json_are_those_of_transformers(folder, write, name):
         assert render_chat(template, turns) == text
         assert encode_chat(ours, template, turns) == theirs(text, add_special_tokens=False
                                                             ).input_ids
+
+
+def test_a_text_ends_with_the_eos_of_the_tokenizer_too(tmp_path):
+    """A chat model whose config.json names the base model's EOS, and its tokenizer_config.json the
+    one that closes an answer: decoding ran on into a turn of the user's."""
+    config = write_model(tmp_path)
+    decoder = load(tmp_path, device="cpu", dtype="float32")
+    assert decoder.model.config.eos_token_ids == config.eos_token_ids == (2,)
+    ids = decoder.generate("Once upon a time", "none", 40)[1]["ids"]
+    end = next(i for i in ids if i > 2)
+    text = decoder.tokenizer.text_of(end)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": text, "added_tokens_decoder": {end: {"content": text, "special": True}}}))
+    decoder = load(tmp_path, device="cpu", dtype="float32")
+    assert decoder.model.config.eos_token_ids == (2, end)
+    found = decoder.generate("Once upon a time", "none", 40)[1]["ids"]
+    assert found == ids[:ids.index(end) + 1]
