@@ -17,9 +17,7 @@ early, so the rounds compared are those that it has. Theirs runs in a process of
 of it is in this repository but the names of what is called.
 """
 import argparse
-import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -28,7 +26,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kangaroo import STEPS, THRESHOLD, Adapter, KangarooDrafter, NoDrafter, generate
+from bench.common import compare, run_theirs, write_model_bin
+from kangaroo import STEPS, THRESHOLD, Adapter, KangarooDrafter
 from llama import KVCache, Llama, LlamaConfig, UserError, build, inverse_frequencies
 from support.checkpoint import (
     config_json,
@@ -80,18 +79,7 @@ json.dump(found, open(sys.argv[2], "w"))
 
 def write_for_both(folder, model, adapter):
     """The model and the adapter in the files that the authors' code reads."""
-    weights = {name if name == "lm_head.weight" else f"model.{name}": weight.clone()
-               for name, weight in named_weights(model).items()}
-    weights["lm_head.weight"] = model.lm_head.weight.clone()  # theirs wants a tied one too
-    names, files = list(weights), [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
-    weight_map = {name: files[i % 2] for i, name in enumerate(names)}
-    (folder / "model").mkdir()
-    for file in files:
-        torch.save({name: weights[name] for name in names if weight_map[name] == file},
-                   folder / "model" / file)
-    write_json(folder / "model" / "pytorch_model.bin.index.json",
-               {"metadata": {}, "weight_map": weight_map})
-    write_json(folder / "model" / "config.json", config_json(model.config))
+    write_model_bin(folder / "model", model)
     (folder / "adapter").mkdir()
     torch.save({name if name == "norm.weight" else f"layers.0.{name}": weight.clone()
                 for name, weight in named_weights(adapter).items()},
@@ -132,50 +120,20 @@ def theirs(args, folder, model, prompts):
            "threshold": THRESHOLD, "frequencies": frequencies, "eos": config.eos_token_ids[0],
            "context": config.max_position_embeddings, "prompts": prompts,
            "new_tokens": args.new_tokens}
-    write_json(folder / "job.json", job)
-    run = subprocess.run([args.python, "-c", THEIRS, folder / "job.json", folder / "found.json"],
-                         cwd=args.checkout, capture_output=True, text=True)
-    if run.returncode:
-        raise UserError(f"--checkout {args.checkout}: their code failed: "
-                        f"{(run.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return json.loads((folder / "found.json").read_text())
+    return run_theirs("--checkout", args.checkout, args.python, THEIRS, job, folder)
 
 
-def ours(args, folder, prompts, first, counts):
-    """The same of this code, after the `first` token of each text; (ids, lengths) for each."""
-    model = load_llama(folder / "model")
-    adapter, facts = load_adapter(folder / "adapter", model, args.exit_layer)
-    eos, found = model.config.eos_token_ids, []
-    for ids, token, n_rounds in zip(prompts, first, counts):
-        start, = generate(model, NoDrafter(model), ids, 1, eos=eos)
-        drafter, rounds = KangarooDrafter(model, adapter, facts["exit_layer"]), []
-        for round_ in generate(model, drafter, [*ids, token], 10 ** 6, eos=eos):
-            if len(rounds) == n_rounds:
-                break
-            rounds.append(round_.tokens)
-        found.append({"ids": start.tokens + sum(rounds, []), "lengths": [len(r) for r in rounds]})
-    return found
-
-
-def compare(name, args, model, adapter, prompts):
+def beside(name, args, model, adapter, prompts):
     """Print how many ids and rounds are equal; returns whether all are."""
     KVCache.BLOCK = model.config.max_position_embeddings  # or our drafts would end with a block
     with tempfile.TemporaryDirectory() as folder:
         write_for_both(Path(folder), model, adapter)
         expected = theirs(args, Path(folder), model, prompts)
-        found = ours(args, Path(folder), prompts, [text["ids"][0] for text in expected],
-                     [len(text["lengths"]) for text in expected])
-    equal = {}
-    for what in ("ids", "lengths"):
-        pairs = [pair for a, b in zip(found, expected) for pair in zip(a[what], b[what])]
-        n = sum(max(len(a[what]), len(b[what])) for a, b in zip(found, expected))
-        equal[what] = sum(a == b for a, b in pairs), n
-    lengths = [length for text in expected for length in text["lengths"]]
-    print(f"{name}: {len(prompts)} prompts · ids equal {equal['ids'][0]} of {equal['ids'][1]} · "
-          f"rounds equal {equal['lengths'][0]} of {equal['lengths'][1]} · tokens a round "
-          f"{sum(lengths) / len(lengths):.2f}, of each length from 1 to {STEPS + 1}: "
-          f"{' '.join(str(lengths.count(i)) for i in range(1, STEPS + 2))}", flush=True)
-    return all(same == n for same, n in equal.values())
+        model = load_llama(Path(folder) / "model")
+        adapter, facts = load_adapter(Path(folder) / "adapter", model, args.exit_layer)
+    drafters = [KangarooDrafter(model, adapter, facts["exit_layer"]) for _ in prompts]
+    return compare(name, drafters, prompts, expected, skip=1, steps=STEPS,
+                   eos=model.config.eos_token_ids)
 
 
 def run(args):
@@ -187,10 +145,10 @@ def run(args):
     args.exit_layer = facts["exit_layer"]
     tokenizer = Tokenizer(args.model, model.config)
     lines = args.prompts.read_text(encoding="utf-8").splitlines()[:args.limit]
-    same = compare(args.model.name, args, model, adapter, [tokenizer.encode(x) for x in lines])
+    same = beside(args.model.name, args, model, adapter, [tokenizer.encode(x) for x in lines])
     args.exit_layer, generator = 2, torch.Generator().manual_seed(0)
     prompts = torch.randint(3, MINIATURE.vocab_size, (args.limit, 20), generator=generator)
-    same &= compare("miniature, llama3 RoPE, grouped heads", args, *miniature(), prompts.tolist())
+    same &= beside("miniature, llama3 RoPE, grouped heads", args, *miniature(), prompts.tolist())
     return 0 if same else 1
 
 

@@ -9,21 +9,23 @@ import json
 import math
 import platform
 import statistics
+import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 
-from kangaroo import generate
+from kangaroo import NoDrafter, generate
 from llama import CHAIN_WIDTH, KVCache, Llama, Sampler, UserError, build, room_for_draft
 from support import command_line
 from support.chat import encode_chat
-from support.checkpoint import read_json
+from support.checkpoint import config_json, named_weights, read_json, write_json
 from support.data import json_turns
 from support.decoder import Settings, timed
 from support.program import Parser
@@ -310,3 +312,77 @@ def reckoned(counts, step, draft, verify):
     """
     tokens, rounds, drafted = counts
     return tokens * step / (rounds * (verify + draft) + drafted * draft)
+
+
+# --------------------------------------------------------------------------------------------------
+# Beside the authors' code
+
+def write_model_bin(folder, model):
+    """A model in the files that older code reads: pytorch_model.bin in two shards, their index."""
+    weights = {name if name == "lm_head.weight" else f"model.{name}": weight.clone()
+               for name, weight in named_weights(model).items()}
+    weights["lm_head.weight"] = model.lm_head.weight.clone()  # theirs wants a tied one too
+    names, files = list(weights), [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    weight_map = {name: files[i % 2] for i, name in enumerate(names)}
+    folder.mkdir()
+    for file in files:
+        torch.save({name: weights[name] for name in names if weight_map[name] == file},
+                   folder / file)
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "config.json", config_json(model.config))
+
+
+def run_theirs(flag, checkout, python, code, job, folder):
+    """What `code` finds in a process of its own, in the folder of a checkout that `flag` named.
+
+    It is called with two files of JSON in `folder`: the job, and where it is to write.
+    """
+    write_json(folder / "job.json", job)
+    run = subprocess.run([python, "-c", code, folder / "job.json", folder / "found.json"],
+                         cwd=checkout, capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(f"{flag} {checkout}: their code failed: "
+                        f"{(run.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads((folder / "found.json").read_text())
+
+
+def rounds_as_theirs(drafters, prompts, theirs, skip=0, steps=None, eos=()):
+    """[{ids, lengths}], a text a drafter, for as many rounds as theirs has.
+
+    ids: the new tokens; lengths: how many each round committed. theirs: the same of the authors'
+    code. skip: 1 if it has its first token from prefill, so that ours begins after it.
+    """
+    found = []
+    for drafter, ids, text in zip(drafters, prompts, theirs):
+        model, width = drafter.model, drafter.width
+        start = generate(model, NoDrafter(model), ids, skip, eos=eos)
+        rounds = generate(model, drafter, ids + text["ids"][:skip], 10 ** 6, steps or width - 1,
+                          eos=eos, width=width)
+        start, rounds = ([round_.tokens for round_ in part] for part in (
+            start, islice(rounds, len(text["lengths"]))))
+        found.append({"ids": sum(start + rounds, []), "lengths": [len(r) for r in rounds]})
+    return found
+
+
+def compare(name, drafters, prompts, theirs, **more):
+    """Print how many ids and rounds are equal, and where a text first differs; returns whether all
+    are equal. For the parameters see `rounds_as_theirs`.
+
+    After as many rounds one side may be further on: ids are compared as far as both have come.
+    """
+    found = rounds_as_theirs(drafters, prompts, theirs, **more)
+    pairs = {what: [pair for a, b in zip(found, theirs) for pair in zip(a[what], b[what])]
+             for what in ("ids", "lengths")}
+    equal = {what: f"{sum(a == b for a, b in pairs[what])} of {len(pairs[what])}" for what in pairs}
+    rounds, expected = zip(*pairs["lengths"])
+    print(f"{name}: {len(theirs)} texts · ids equal {equal['ids']} · rounds equal "
+          f"{equal['lengths']} · tokens a round: theirs {sum(expected) / len(expected):.2f}, ours "
+          f"{sum(rounds) / len(rounds):.2f}; theirs of each length from 1 on: "
+          f"{' '.join(str(expected.count(i)) for i in range(1, max(expected) + 1))}", flush=True)
+    for i, (a, b) in enumerate(zip(found, theirs), 1):
+        differs = [j for j, pair in enumerate(zip(a["lengths"], b["lengths"])) if len({*pair}) > 1]
+        for j in differs[:1]:
+            print(f"    text {i} differs from round {j + 1} on: theirs {b['lengths'][j]}, ours "
+                  f"{a['lengths'][j]}")
+    missing = sum(len(text["lengths"]) for text in theirs) - len(rounds)
+    return not missing and all(a == b for what in pairs for a, b in pairs[what])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import write_adapter, write_model
 
-from bench import ablations, choose, gpu, order, spec_bench, speed
+from bench import ablations, authors_methods, choose, gpu, order, spec_bench, speed
 from models import make_stories, own_answers
 from support.program import run_program
 
@@ -58,6 +58,7 @@ BOTH = [  # of bench/choose.py and bench/speed.py
     ("--prompts prompts.txt", "--model")]
 ANSWERS = MODEL + "--out own.jsonl --data "
 BENCH = MODEL + "--out results.json --questions "
+BESIDE = "--model model --prompts prompts.txt --python plain.txt "
 CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (choose, MODEL + "--prompts prompts.txt", "--adapter"),
     (choose, PROMPTS + "prompts.txt --adapter random --write", "random"),
@@ -68,6 +69,9 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (order, "--prompts nowhere.txt", "nowhere.txt"),
     (order, "--model nowhere", "nowhere"),
     (order, "--new-tokens 0", "--new-tokens 0"),
+    (authors_methods, BESIDE + "--rest .", ["--rest", "--datastore"]),
+    (authors_methods, BESIDE + "--lookahead model", ["--lookahead model", "lade/decoding.py"]),
+    (authors_methods, BESIDE + "--python nowhere", "--python nowhere"),
     (gpu, "--tiny --questions talk.json", "--model"),
     (gpu, "--tiny --shapes 3B", "--shapes"),
     (gpu, "--repeats 0", "--repeats 0"),
