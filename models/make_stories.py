@@ -6,6 +6,8 @@
                                                    # data for train_adapter.py
     python models/make_stories.py --prompts FILE   # only write the beginnings of stories that it
                                                    # was not trained on
+    python models/make_stories.py --draft          # models/stories/draft, a draft model for it, of
+                                                   # the same text and vocabulary
 
 It is small, deep and narrow. Its text comes from story_grammar.py, which knows the probability of
 every story: so the model's loss can be held against the entropy of its source. Held-out stories are
@@ -39,7 +41,7 @@ from support.checkpoint import (
     write_safetensors,
 )
 from support.data import batches_of
-from support.decoder import load
+from support.decoder import load, pick_device_and_dtype
 from support.program import Parser, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
 from train_adapter import learning_rate
@@ -49,6 +51,9 @@ CONFIG = LlamaConfig(
     hidden_size=192, intermediate_size=512, num_hidden_layers=16, num_attention_heads=3,
     num_key_value_heads=1, head_dim=64, vocab_size=4096, max_position_embeddings=512,
     rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=BOS, eos_token_ids=(EOS,))
+# Shallow, because a draft step costs its layers: half of its weights are the embedding.
+DRAFT_CONFIG = replace(CONFIG, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+                       head_dim=32)
 
 
 def stories(seed, count, start=0):
@@ -78,14 +83,15 @@ def initialise(model):
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * CONFIG.num_hidden_layers) if deep else 0.02
+            std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if deep else 0.02
             torch.nn.init.normal_(weight, std=std)
     return model
 
 
 def loss_sum(model, ids, learn):
     """Σ −log p (nats) of the tokens that `learn` marks; ids (B, T)."""
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    _, fast = pick_device_and_dtype(ids.device)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=fast == torch.bfloat16):
         logits = model(ids)[learn]
     return F.cross_entropy(logits.float(), ids.roll(-1, 1)[learn], reduction="sum")
 
@@ -101,10 +107,14 @@ class Training:
                     "is there, give --resume to go on from it, or another --out")
             raise UserError(f"{self.checkpoint}: {mend}")
         args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
+        if not args.resume and args.draft:
+            vocabulary = (HERE / "stories" / "tokenizer.model").read_bytes()
+            write_atomically(args.out / "tokenizer.model", vocabulary)
+        elif not args.resume:
             train_vocabulary(args.out, args)
         self.processor = SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
-        config = replace(CONFIG, vocab_size=self.processor.vocab_size())
+        config = replace(DRAFT_CONFIG if args.draft else CONFIG,
+                         vocab_size=self.processor.vocab_size())
         torch.manual_seed(0)
         self.model = initialise(Llama(config)).to(device)
         options = {name: getattr(args, name)
@@ -264,7 +274,8 @@ def write_samples(folder):
 def parse_arguments(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--out", type=Path, default=HERE / "stories")
+    option("--out", type=Path, help="default: models/stories, or its draft")
+    option("--draft", action="store_true", help="make the draft model")
     option("--text", type=Path, help="write stories that training sees")
     option("--prompts", type=Path, help="write the first words of stories that training does not "
            "see, a line each")
@@ -280,6 +291,7 @@ def parse_arguments(argv):
     option("--pool", type=int, default=512, help="stories made at a time; checkpoints come between")
     option("--vocabulary-stories", type=int, default=10000)
     args = parser.parse_args(argv)
+    args.out = args.out or HERE / "stories" / ("draft" if args.draft else "")
     refuse_below_one(args, "count", "updates", "cycles", "warmup", "batch_tokens", "pool",
                      "vocabulary_stories")
     return args
@@ -296,7 +308,8 @@ def main(argv=None):
     else:
         if not args.samples:
             train(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        write_samples(args.out)
+        if not args.draft:
+            write_samples(args.out)
 
 
 if __name__ == "__main__":
