@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from drafters.medusa import Heads, MedusaDrafter
+from drafters.medusa import Heads, MedusaDrafter, sparse_tree
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
 from llama import UserError
 from support.chat import find_chat_template
@@ -145,18 +145,37 @@ class MedusaTarget(Target):
 
     def loss(self, heads, states, kind, scale=None, autocast=torch.bfloat16):
         """As for an adapter; the sums are over all heads."""
-        x, learn, y, log_sums, best = states
-        with torch.no_grad():
-            x = self.model.norm(x).float()
         sums = 0
         for k, head in enumerate(heads.heads, 1):
-            later = learn.clone()
-            later[:, :k] = False  # no state is so many positions before these
-            kept = later[learn]
-            states = x.roll(k, 1), later, y[kept], log_sums[kept], best[kept]
-            sums += super().loss(lambda x, _, head=head: head(x), states, kind,
+            sums += super().loss(lambda x, _, head=head: head(x), self.before(k, states), kind,
                                  scale and scale * self.WEIGHT ** (k - 1), autocast)
         return sums
+
+    @torch.no_grad()
+    def before(self, k, states):
+        """The states of a batch for head k: of every position the normed ones k positions before
+        it, as it reads them."""
+        x, learn, y, log_sums, best = states
+        later = learn.clone()
+        later[:, :k] = False  # no state is so many positions before these
+        kept = later[learn]
+        return self.model.norm(x).float().roll(k, 1), later, y[kept], log_sums[kept], best[kept]
+
+    @torch.no_grad()
+    def tree(self, heads, held_out, nodes=31, candidates=10):
+        """Medusa's tree for these heads, the likeliest path first: how often each choice of each
+        is right on held-out states decides. Its first n nodes are the tree of n nodes."""
+        right = []
+        for k, head in enumerate(heads.heads, 1):
+            hits, n = torch.zeros(candidates), 0
+            for states in held_out:
+                x, learn, _, _, best = self.before(k, states)
+                top = self.draft_logits(head(x[learn])).topk(candidates).indices
+                top = top if self.vocabulary is None else self.vocabulary[top]
+                hits += (top == best[:, None]).sum(0).cpu()
+                n += len(best)
+            right.append((hits / max(1, n)).tolist())
+        return sparse_tree(right, nodes)
 
 
 def figures_of(sums):
@@ -284,6 +303,7 @@ def save_adapter(folder, adapter, args, target, chat, facts):
         write_safetensors(folder / "medusa_lm_head.safetensors", tensors)
         return write_json(folder / "config.json", {
             "architecture": "medusa", "medusa_num_heads": args.heads, "medusa_num_layers": 1,
+            "medusa_choices": adapter.tree,
             "target": target.model.fingerprint, "chat_template": chat, "training": facts})
     write_safetensors(folder / "adapter.safetensors", tensors)
     write_json(folder / "config.json", config_json(adapter.config) | {
@@ -473,6 +493,8 @@ class Training:
         """The adapter, with the facts of its training."""
         args, state, device = self.args, self.state, self.model.norm.weight.device
         held_out = {name: round(value, 4) for name, value in self.evaluate().items()}
+        if args.architecture == "medusa":
+            self.adapter.tree = self.target.tree(self.adapter, self.held_out)
         save_adapter(args.out, self.adapter, args, self.target, self.chat, {
             "data": [Path(path).name for path in args.data], "documents": len(self.documents),
             "held_out_documents": len(self.held), "updates": args.updates,

@@ -558,9 +558,36 @@ def test_a_head_learns_what_the_target_says_later():
     states = target.states(torch.arange(40).view(2, 20) % 12, learn)
     _, _, agreed, positions = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
     assert agreed == positions == 3 * 11 + 19 + 18 + 17
+    assert target.tree(heads, [states], 3) == [(0,), (0, 0), (0, 0, 0)]
     heads.heads = heads.heads[::-1]
     _, _, agreed, _ = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
     assert agreed == 11 + 18  # the middle one is where it was
+
+
+def test_the_tree_of_heads_that_err():
+    """Guards the shares that the tree is chosen by: where the first head's second choice is right
+    twice as often as its first, and the second head is never right, no node hangs deep."""
+    model = rule(CIRCLE)
+    target = train_adapter.MedusaTarget(model, 2)
+    heads = perfect_heads(model, CIRCLE, 2)
+    states = target.states(torch.arange(20)[None] % 12, torch.ones(1, 20, dtype=torch.bool))
+    best, asked = states[-1], []
+
+    def logits(x):  # of 19 positions for the first head, then of 18 for the second
+        asked.append(len(x))
+        out = torch.full((len(x), model.config.vocab_size), -1.0)
+        if len(x) == 19:
+            out[range(19), (best[1:] + 1) % 12] = 1.0
+            out[range(19), best[1:]] = 0.5
+            out[:6] = out[:6].where(out[:6] < 0, 1.5 - out[:6])  # the first six the other way round
+        else:
+            out[range(18), (best[2:] + 1) % 12] = 1.0
+            out[range(18), (best[2:] + 2) % 12] = 0.5
+        return out
+
+    target.draft_logits = logits
+    assert target.tree(heads, [states], 3, candidates=2)[:2] == [(1,), (0,)]
+    assert asked == [19, 18]
 
 
 def words(folder, tmp_path, *args):
@@ -589,6 +616,7 @@ def test_training_heads(folder, tmp_path, capfd, vocabulary):
     assert (heads.vocabulary is None) == (vocabulary is None)
     facts = json.loads((tmp_path / "out" / "config.json").read_text())
     assert facts["architecture"] == "medusa" and facts["training"]["updates"] == 12
+    assert heads.tree == [tuple(path) for path in facts["medusa_choices"]] != list(TREE)
     weights = (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes()
     (tmp_path / "out" / "medusa_lm_head.safetensors").unlink()
     assert train_adapter.main(words(folder, tmp_path, *args, "--resume")) == 0
