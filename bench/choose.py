@@ -1,6 +1,7 @@
 """Choose γ and η for an adapter on real prompts, and print the table of all pairs; for a tree, K.
 
     python bench/choose.py --model DIR --adapter DIR --prompts FILE [--tree [--width 32]] [--write]
+    python bench/choose.py --model DIR --prompts FILE --methods kangaroo,lookup,sps --out FILE
 
 Take prompts that no reported figure comes from. Each prompt is decoded once, then the drafter
 drafts from every position of the output. A draft follows from the tokens before it alone, so the
@@ -12,6 +13,9 @@ all entries alike. --write puts the best pair into the adapter's config.json.
 --tree chooses K, γ and η of a draft tree, which takes as many nodes as the width has room for (the
 rows are computed anyway). Its growth depends on all three, so every prompt is decoded with every
 setting; run it for each width. A draft step is then a level of the tree.
+
+--methods decodes the prompts with some settings and widths of each method (GRIDS), interleaved, and
+writes the fastest to --out, for `bench/spec_bench.py --settings`.
 """
 import statistics
 import sys
@@ -35,27 +39,50 @@ from bench.common import (
     summed,
     walk,
 )
+from bench.methods import Methods, add_flags, fastest_of, figures_of, names_of
 from drafters.tree import TREE_WIDTH
 from kangaroo import WIDTH
-from llama import Sampler
+from llama import Sampler, UserError
 from support.checkpoint import read_json, write_json
 from support.decoder import Settings, load
 from support.program import refuse_below_one, run_program
 
+GRIDS = {  # of --methods: widths and settings to decode with
+    "kangaroo": [{"width": width, "steps": width - 1, "threshold": threshold}
+                 for width in (4, 8) for threshold in (0.2, 0.4, 0.6)],
+    "tree": [{"width": 16, "steps": steps, "threshold": threshold, "top_candidates": candidates,
+              "nodes": 15} for steps in (4, 8) for threshold in (0.05, 0.2)
+             for candidates in (4, 10)],
+    "medusa": [{"width": width, "steps": width - 1} for width in (2, 3, 4)],
+    "medusa-tree": [{"width": width, "nodes": width - 1} for width in (9, 12, 16)],
+    "lookahead": [{"width": 16, "window": w, "ngram": n, "candidates": g}
+                  for w, n, g in ((6, 3, 2), (4, 3, 4), (3, 4, 2), (1, 4, 4))],
+    "lookup": [{"width": width, "steps": width - 1} for width in (2, 4, 8)],
+    "sps": [{"width": width, "steps": width - 1, "threshold": threshold}
+            for width in (4, 8) for threshold in (0.0, 0.3, 0.5)],
+    "rest": [{"width": width, "steps": steps, "nodes": width - 1}
+             for width, steps in ((4, 3), (8, 7), (12, 10), (16, 10))]}
 TREE_STEPS, TREE_THRESHOLDS = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 CANDIDATES = 2, 4, 10
 
 
 def parse_arguments(argv):
-    parser = parser_for(__doc__, model=NEEDED, adapter=NEEDED, prompts=NEEDED, each=4, skip=10,
-                        new_tokens=128, longest=1024, dtype=None, device=None)
+    parser = parser_for(__doc__, model=NEEDED, adapter=None, prompts=NEEDED, each=4, skip=10,
+                        new_tokens=128, longest=1024, dtype=None, device=None, out=None)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--tree", action="store_true")
     parser.add_argument("--width", type=int,
                         help=f"rows of a step of a tree (default: {TREE_WIDTH})")
     parser.add_argument("--write", action="store_true")
+    add_flags(parser, default=None)
     args = parser.parse_args(argv)
     refuse_below_one(args, "each", "new_tokens", "longest")
+    if args.methods and (args.tree or args.write):
+        raise UserError("--methods: tries all widths, leave out --tree and --write")
+    if args.out and not args.methods:
+        raise UserError("--out: is for --methods; --write puts the best into the adapter's folder")
+    if not args.methods and args.adapter is None:
+        raise UserError("give --adapter (see --help)")
     args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
     refuse_tree_width(args)
     return args
@@ -114,8 +141,40 @@ def show(counts, speedup, tree):
             print(line(f"{s:>8}", cells, 14))
 
 
+def choose_methods(args):
+    """Decode the prompts with each method's grid, print the table, write the best to --out."""
+    names = names_of(args.methods)
+    methods = Methods(args, [word for flag in ("device", "dtype", "temperature")
+                             if (value := getattr(args, flag)) is not None
+                             for word in (f"--{flag}", str(value))])
+    for name in names:
+        for i, found in enumerate(GRIDS[name]):
+            methods.add(f"{name} {i}", name, found)
+    questions = pick(args.prompts, args.each, args.skip)
+    methods.answers(["Hello"], 1, 8)  # the first pass over a shape compiles kernels
+    turns = [methods.answers(question.turns[:1], question.line, args.new_tokens)[0]
+             for question in progress(questions)]
+    fastest, best = fastest_of(turns), {}
+    print(f"{len(turns)} prompts, {args.new_tokens} tokens at most, against {fastest}: compression "
+          "rate / speedup")
+    for name, method in methods.methods.items():
+        figures = figures_of(turns, name, fastest)
+        if method.drafter != "none":
+            best.setdefault(method.drafter, []).append((figures["speedup"], name))
+        print(f"{method.drafter:12}{figures['compression_rate']:6.2f} / {figures['speedup']:.2f}  "
+              f"{method.describe()}")
+    chosen = {drafter: GRIDS[drafter][int(max(found)[1].split()[1])]
+              for drafter, found in best.items()}
+    for name in names:
+        print(f"{name}: {chosen.get(name) or methods.left_out[f'{name} 0']}")
+    if args.out:
+        write_json(args.out, chosen)
+
+
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.methods:
+        return choose_methods(args)
     where = args.adapter / "config.json"
     written = read_json(where) if args.write else {}  # known before measuring
     decoder = load(args.model, args.adapter, args.device, args.dtype, args.width, graphs=False)

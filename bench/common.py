@@ -239,8 +239,9 @@ class Decoded(NamedTuple):
 
 def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width=None):
     """Decode as `Decoder.rounds` does, with a clock in the drafter."""
-    settings, drafting = settings or decoder.settings(drafter), []
-    drafter = decoder.drafter(drafter, sampler, settings)
+    named, drafting = isinstance(drafter, str), []
+    settings = settings or decoder.settings(drafter if named else "none")
+    drafter = decoder.drafter(drafter, sampler, settings) if named else drafter
     draft = drafter.draft
 
     def watched(*arguments):

@@ -44,7 +44,7 @@ def make_parser():
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
     option("--adapter", "DIR", "its folder, or `random`; Medusa's heads (default: in the model's)")
     option("--drafter", "NAME", "kangaroo, medusa, lookahead, lookup, sps, rest, none", "kangaroo")
-    option("--draft-model", "DIR", "for sps: a small model's folder (default: none)")
+    option("--draft-model", "DIR", "for sps: a small model's folder (default: in the model's)")
     option("--datastore", "FILE", "for rest: what drafters/rest.py has made (default: none)")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
@@ -189,7 +189,8 @@ def prepare(args):
                    args.width, args.chat, args.exit_layer, args.tf32, args.compile,
                    graphs=not (args.no_graphs or args.trace), system=args.system,
                    heads=args.adapter if args.drafter in HEADED else False,
-                   draft_model=args.draft_model, datastore=args.datastore)
+                   draft_model=args.draft_model if args.drafter == "sps" else False,
+                   datastore=args.datastore)
     return decoder, decoder.settings(args.drafter, **wanted(args))
 
 

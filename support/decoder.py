@@ -78,7 +78,7 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
 
 def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH, chat=None,
          exit_layer=None, tf32=False, compile=False, graphs=True, system=None, heads=False,
-         draft_model=None, datastore=None):
+         draft_model=False, datastore=None):
     """A Decoder for a model folder.
 
     adapter: its folder, or "random"; None: the folder `adapter` in the model's, if there is one;
@@ -86,7 +86,8 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     names, None chooses. width: rows of a step; a tree needs more than 8. exit_layer: overrides the
     adapter's. tf32, compile, graphs: for a GPU only. system: a message before all turns, if the
     chat template takes one; where the folder has no template, `template.note` says what is taken.
-    draft_model: a model folder, for the drafter sps. datastore: a file, for the drafter rest.
+    draft_model: the same of a small model, for the drafter sps, and the folder `draft`. datastore:
+    a file, for the drafter rest.
     UserError says what does not fit, and how it would.
     """
     folder = Path(model)
@@ -98,8 +99,10 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
     tokenizer = Tokenizer(folder, read_config(folder))
-    if draft_model is not None:
-        draft_model = load_draft_model(Path(draft_model), folder, tokenizer, device, dtype, width)
+    if draft_model is None and (folder / "draft").is_dir():
+        draft_model = folder / "draft"
+    draft_model = load_draft_model(Path(draft_model), folder, tokenizer, device, dtype,
+                                   width) if draft_model else None
     if datastore is not None:
         datastore = read_datastore(datastore, tokenizer, read_config(folder).vocab_size)
     llama, facts = load_llama(folder, device, dtype), {}
@@ -233,29 +236,31 @@ class Decoder:
 
     def describe(self, drafter="kangaroo", settings=None):
         """All that decides what is decoded and how fast, in one line."""
-        parts = [self.folder.name, str(self.device), str(self.dtype).removeprefix("torch."),
-                 f"chat template {self.chat}"]
-        if drafter in ADAPTED:
-            s = settings or self.settings(drafter)
-            text = f"drafter exit layer {self.exit_layer}, γ {s.steps}, η {s.threshold:g}"
-            if drafter == "tree":
-                text += f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
-        elif drafter in NEEDS:
-            s = settings or self.settings(drafter)
-            source = getattr(self, NEEDS[drafter][0]).source
-            text = f"drafter {drafter} with {Path(source).name}, γ {s.steps}"
-            text += f", η {s.threshold:g}" if drafter == "sps" else ""
-            text += f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else ""
-        elif drafter in HEADED:
-            s = settings or self.settings(drafter)
-            text = f"drafter medusa, {len(self.heads.heads)} heads, γ {s.steps}"
-            text += f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else ""
-        else:
-            text = f"drafter {drafter}"
-        parts += [text, f"width {self.width}"]
+        parts = [self.describe_model(), self.describe_drafter(drafter, settings),
+                 f"width {self.width}"]
         if self.model.config.sliding_window:
             parts.append(f"context {self.model.config.sliding_window} (sliding_window)")
         return " · ".join(parts) + self.room
+
+    def describe_model(self):
+        return " · ".join([self.folder.name, str(self.device),
+                           str(self.dtype).removeprefix("torch."), f"chat template {self.chat}"])
+
+    def describe_drafter(self, drafter, settings=None):
+        if drafter not in (*ADAPTED, *NEEDS, *HEADED):
+            return f"drafter {drafter}"
+        s = settings or self.settings(drafter)
+        if drafter in ADAPTED:
+            text = f"drafter exit layer {self.exit_layer}, γ {s.steps}, η {s.threshold:g}"
+            if drafter == "tree":
+                return text + f", tree of {s.nodes} nodes, {s.top_candidates} candidates"
+        elif drafter in NEEDS:
+            source = getattr(self, NEEDS[drafter][0]).source
+            text = f"drafter {drafter} with {Path(source).name}, γ {s.steps}"
+            text += f", η {s.threshold:g}" if drafter == "sps" else ""
+        else:
+            text = f"drafter medusa, {len(self.heads.heads)} heads, γ {s.steps}"
+        return text + (f", tree of {s.nodes} nodes" if self.drafts_trees(drafter) else "")
 
     def drafts_trees(self, drafter):
         """Whether its drafts are trees; those of rest are chains where a step has no trees."""

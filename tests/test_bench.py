@@ -3,13 +3,14 @@ import json
 from argparse import Namespace
 
 import pytest
+import torch
 from helpers import random_model, write_adapter, write_model
 
-from bench import ablations, spec_bench
+from bench import ablations, choose, methods, rules, spec_bench
 from bench.authors_methods import Replay, TheirLookahead
-from bench.common import asked_for, compare
+from bench.common import asked_for, compare, weights_of
 from kangaroo import NoDrafter, generate
-from llama import UserError
+from llama import Sampler, UserError
 from support.checkpoint import read_config
 from support.decoder import DEFAULT_MODEL as STORIES
 from support.decoder import load
@@ -61,18 +62,18 @@ def test_spec_bench_counts_what_is_decoded_and_goes_on_where_it_was(model, quest
     vanilla = decoder.rounds(decoder.encode("A small"), "none", 12)
     answer = decoder.tokenizer.decode([token for r in vanilla for token in r.tokens]).strip()
     rounds = list(decoder.rounds(decoder.encode("A small", answer, "And then"), "kangaroo", 12))
-    figures = first[1]["turns"][1]["Kangaroo"]
+    figures = first[1]["turns"][1]["kangaroo"]
     assert figures["rounds"] == len(rounds)
     assert figures["tokens"] == sum(len(r.tokens) for r in rounds)
     assert sum(figures["accepted"]) == sum(r.accepted for r in rounds)
     assert all(turn[method]["identical"] for q in results["questions"] for turn in q["turns"]
-               for method in ("vanilla", "Kangaroo", "prompt lookup"))
+               for method in ("vanilla, width 1", "vanilla, width 8", "kangaroo", "lookup"))
     summary = spec_bench.summarise(results)
-    assert summary["all"]["vanilla"]["compression_rate"] == 1
-    assert summary["all"]["Kangaroo"]["turns"] == 4
-    rounds = [q["turns"][0]["Kangaroo"]["rounds"] for q in results["questions"]
+    assert summary["all"]["vanilla, width 8"]["compression_rate"] == 1
+    assert summary["all"]["kangaroo"]["turns"] == 4
+    rounds = [q["turns"][0]["kangaroo"]["rounds"] for q in results["questions"]
               if q["category"] == "qa"]
-    assert len(rounds) == 2 and summary["qa"]["Kangaroo"]["compression_rate"] == 24 / sum(rounds)
+    assert len(rounds) == 2 and summary["qa"]["kangaroo"]["compression_rate"] == 24 / sum(rounds)
     spec_bench.main(["--show", str(out)])
     assert "3 of   4" not in capsys.readouterr().out
 
@@ -81,18 +82,85 @@ def test_spec_bench_counts_what_is_decoded_and_goes_on_where_it_was(model, quest
         run_spec_bench(model, questions, out, "--new-tokens", "9")
 
 
+def test_each_method_at_the_settings_that_were_chosen(model, questions, tmp_path, capsys):
+    """Bugs: a method with the settings or the width of another; one without its needs that ends the
+    run; a text that is held against vanilla's at another width.
+    """
+    chosen, out = tmp_path / "settings.json", tmp_path / "results.json"
+    names = "kangaroo,tree,lookup,sps,lookahead,rest"
+    choose.main([*of(model), "--prompts", str(questions), "--each", "1", "--skip", "0",
+                 "--new-tokens", "4", "--methods", names, "--draft-model", str(model), "--out",
+                 str(chosen)])
+    settings = json.loads(chosen.read_text())
+    assert settings.keys() == {"kangaroo", "tree", "lookup", "sps", "lookahead"}
+    assert all(found in choose.GRIDS[name] for name, found in settings.items())
+    settings |= {"sps": {"width": 4, "steps": 3}, "lookup": {"width": 3, "steps": 2}}
+    chosen.write_text(json.dumps(settings))
+    results = run_spec_bench(model, questions, out, "--methods", names, "--draft-model", str(model),
+                             "--settings", str(chosen), "--limit", "1")
+    assert "rest is left out: --drafter rest: give --datastore FILE too" in capsys.readouterr().err
+    words = results["settings"]["methods"]
+    assert words["sps"].endswith("γ 3, η 0, width 4") and words["lookup"] == "γ 2, width 3"
+    figures = results["questions"][0]["turns"][0]
+    assert {"vanilla, width 1", "vanilla, width 3", "vanilla, width 4"} < figures.keys()
+    assert figures["sps"]["rounds"] == 3  # the target as its own draft: 12 tokens by γ + 1
+    assert max(map(len, (f["drafted"] for f in figures.values()))) <= 15
+    assert results["costs"]["lookup"] == {"parameters": 0, "bytes": 0, "training_seconds": 0}
+    assert results["costs"]["sps"]["parameters"] == sum(
+        p.numel() for p in weights_of(load(model, device="cpu").model))
+
+
+@pytest.mark.parametrize("text, word", [
+    ('{"magic": {}}', "'magic'"), ('{"lookup": {"gamma": 3}}', "'lookup'"),
+    ('{"lookup": 3}', "'lookup'"), ("[]", "an object is needed")])
+def test_settings_that_are_none(model, questions, tmp_path, text, word):
+    """A typing error must not be measured as if it were the usual settings."""
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=word):
+        run_spec_bench(model, questions, tmp_path / "out.json", "--settings", str(path))
+
+
+@pytest.mark.parametrize("more, word", [
+    (["--methods", "kangaroo,magic"], "'magic' is none"), (["--tree"], "--methods instead"),
+    (["--drafter", "lookup"], "--methods instead")])
+def test_methods_that_are_none(model, questions, tmp_path, more, word):
+    with pytest.raises(UserError, match=word):
+        run_spec_bench(model, questions, tmp_path / "out.json", *more)
+
+
+def test_shared_noise_follows_its_formula():
+    """Guards bench/rules.py: how often drafter and target choose alike, of 4,000 positions."""
+    p, q = torch.tensor([[.5, .3, .2, 0], [.1, .6, .2, .1]], dtype=torch.float64)
+    sampler, hits = Sampler(1.0, seed=5), torch.zeros(4, 2)
+    for position in range(4000):
+        x, y = (sampler.choose(row.log()[None], position).item() for row in (p, q))
+        hits[x] += torch.tensor([1.0, x == y])
+    for x in range(3):
+        n, same = hits[x].tolist()
+        expected = rules.coupled(p, q, x).item()
+        assert abs(same / n - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    assert rules.coupled(p, p, 1).item() == pytest.approx(1)
+    assert rules.coupled(q, p, 3).item() == 0
+    follow = torch.tensor([1.0, 0.5, 1.0])
+    # From the three places: 1 + .5, .5 + .5, 1 tokens follow.
+    assert rules.tokens_a_round(follow, 2) == pytest.approx(1 + (1.5 + 1.0 + 1.0) / 3)
+
+
 def test_spec_bench_sees_an_output_that_differs(model, questions, tmp_path, monkeypatch):
     """Bug: comparing a method with itself."""
-    decode = spec_bench.decode
+    decode = methods.decode
 
-    def tampered(asked, ids, drafter, width):
-        tokens, figures = decode(asked, ids, drafter, width)
-        return (tokens[:-1] + [0] if drafter == "lookup" else tokens), figures
+    def tampered(decoder, ids, drafter, *arguments):
+        found = decode(decoder, ids, drafter, *arguments)
+        if drafter == "lookup":
+            found.rounds[-1].tokens[-1] = 0
+        return found
 
-    monkeypatch.setattr(spec_bench, "decode", tampered)
+    monkeypatch.setattr(methods, "decode", tampered)
     results = run_spec_bench(model, questions, tmp_path / "results.json", "--limit", "1")
     figures = spec_bench.summarise(results)["all"]
-    assert figures["prompt lookup"]["identical"] == 0 and figures["Kangaroo"]["identical"] == 3
+    assert figures["lookup"]["identical"] == 0 and figures["kangaroo"]["identical"] == 3
 
 
 def test_all_drafters_get_the_options_of_kangaroo(model):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import write_adapter, write_model
 
-from bench import ablations, authors_methods, choose, gpu, order, spec_bench, speed
+from bench import ablations, authors_methods, choose, gpu, order, rules, spec_bench, speed
 from models import make_stories, own_answers
 from support.program import run_program
 
@@ -75,7 +75,12 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (gpu, "--tiny --questions talk.json", "--model"),
     (gpu, "--tiny --shapes 3B", "--shapes"),
     (gpu, "--repeats 0", "--repeats 0"),
-    (spec_bench, BENCH + "prompts.txt", "--adapter"),
+    (spec_bench, BENCH + "prompts.txt --methods rest", ["--methods rest", "--datastore"]),
+    (choose, "--model model --prompts prompts.txt", "--adapter"),
+    (choose, "--model model --prompts prompts.txt --methods lookup --tree", "--tree"),
+    (choose, "--model model --adapter model/adapter --prompts prompts.txt --out x", "--out"),
+    (rules, "--model model --adapter model/adapter --prompts prompts.txt --temperature 0",
+     "--temperature 0"),
     (spec_bench, "--show done/checkpoint.pt", "checkpoint.pt"),
     (spec_bench, BENCH + "bad.jsonl --adapter model/adapter", "bad.jsonl:2"),
     (spec_bench, "--show talk.json", "talk.json"),

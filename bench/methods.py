@@ -1,0 +1,229 @@
+"""Several methods on the same prompts: what spec_bench.py and choose.py have in common.
+
+    Methods(args, options)  ->  add(name, drafter, width, …)  ->  answers(turns)  ->  figures_of
+
+A method is a drafter with the settings and the rows of a step (width) that suit it. Each width has
+vanilla decoding of its own, whose output the methods of this width must equal; speedup is against
+the fastest of these, or against width 1. A width also has a copy of the model's weights, in the
+layout that is fastest for it.
+"""
+import math
+import statistics
+from dataclasses import fields
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.common import decode, rotated
+from drafters.lookahead import CANDIDATES, LOOKAHEAD_WIDTH, NGRAM, WINDOW, LookaheadDrafter
+from drafters.tree import TREE_WIDTH
+from kangaroo import WIDTH
+from llama import Sampler, UserError
+from support import command_line
+from support.checkpoint import read_json, safetensors_entries
+from support.decoder import ADAPTED, DRAFTERS, HEADED, TREES, Settings, load, seed_of
+
+DRAFTING = [name for name in DRAFTERS if name != "none"]
+WIDTHS = {**dict.fromkeys(TREES.values(), TREE_WIDTH), "lookahead": LOOKAHEAD_WIDTH}
+USUAL_WINDOW = {"window": WINDOW, "ngram": NGRAM, "candidates": CANDIDATES}  # lookahead's
+# What load may be given besides a model and its adapter.
+NEEDS = {"--heads": "a folder of Medusa heads (default: medusa in the model's)",
+         "--draft-model": "a small model's folder, for sps (default: draft in the model's)",
+         "--datastore": "a file of drafters/rest.py, for rest"}
+
+
+def add_flags(parser, default="kangaroo,lookup"):
+    """--methods and what they need."""
+    parser.add_argument("--methods", default=default,
+                        help=f"of {', '.join(DRAFTING)}; one whose needs are missing is left out")
+    for flag, help in NEEDS.items():
+        parser.add_argument(flag, type=Path, help=help)
+
+
+def names_of(text):
+    """--methods as a list; UserError for one that does not exist."""
+    names = text.split(",")
+    for name in names:
+        if name not in DRAFTING:
+            raise UserError(f"--methods {text}: {name!r} is none, choose from "
+                            f"{', '.join(DRAFTING)}")
+    return names
+
+
+def read_settings(path):
+    """{drafter: {"width": …, "steps": …, …}} of a file that choose.py has written."""
+    known = {"width", *USUAL_WINDOW, *(field.name for field in fields(Settings))}
+    data = read_json(path)
+    for name, values in data.items():
+        if name not in DRAFTING or not isinstance(values, dict) or not known >= values.keys():
+            raise UserError(f"--settings {path}: {name!r} must be one of {', '.join(DRAFTING)}, "
+                            f"with an object of some of {', '.join(sorted(known))}")
+    return data
+
+
+class Method(NamedTuple):
+    decoder: object
+    drafter: str
+    settings: Settings
+    window: dict  # lookahead's W, N, G
+
+    def decode(self, ids, new_tokens, sampler):
+        """A `common.Decoded`."""
+        drafter = self.drafter
+        if self.window:
+            drafter = LookaheadDrafter(self.decoder.model, self.decoder.width, **self.window)
+        return decode(self.decoder, ids, drafter, new_tokens, sampler, self.settings)
+
+    def describe(self):
+        """Settings and width, in words."""
+        text = self.decoder.describe_drafter(self.drafter, self.settings).removeprefix("drafter ")
+        if self.drafter == "none":
+            text = "vanilla"
+        elif text == self.drafter:  # its settings are not the decoder's to tell
+            found = self.window or {"γ": self.settings.steps}
+            text = ", ".join(f"{name} {value}" for name, value in found.items())
+        return f"{text}, width {self.decoder.width}"
+
+    def costs(self):
+        """{"parameters", "bytes", "training_seconds"} beyond the target's; None is not known."""
+        decoder = self.decoder
+        if self.drafter == "rest":
+            size = Path(decoder.datastore.source).stat().st_size
+            return {"parameters": 0, "bytes": size, "training_seconds": 0}
+        if self.drafter == "sps":
+            folder, config = Path(decoder.draft_model.source), "training.json"
+        elif self.drafter in ADAPTED:
+            folder, config = Path(decoder.adapter.source), "config.json"
+        elif self.drafter in HEADED:
+            folder, config = Path(decoder.heads.source), "config.json"
+        else:
+            return {"parameters": 0, "bytes": 0, "training_seconds": 0}
+        facts = read_json(folder / config) if (folder / config).exists() else {}
+        shapes = [shape for path in folder.glob("*.safetensors")
+                  for name, (shape, _) in safetensors_entries(path).items() if name != "vocabulary"]
+        return {"parameters": sum(map(math.prod, shapes)) or None,
+                "bytes": sum(path.stat().st_size for ending in ("safetensors", "bin", "pt")
+                             for path in folder.glob(f"*.{ending}")) or None,
+                "training_seconds": seconds_of(facts.get("training", facts))}
+
+
+def seconds_of(facts):
+    """The seconds of a training, and of the one that it began from."""
+    if not isinstance(facts, dict) or "seconds" not in facts:
+        return None
+    return facts["seconds"] + (seconds_of(facts.get("init")) or 0)
+
+
+class Methods:
+    """The methods of a run, with vanilla decoding at each of their widths and at width 1.
+
+    args: model, adapter, heads, draft_model, datastore. options: further ones, of kangaroo.py,
+    which hold for all methods.
+    """
+
+    def __init__(self, args, options):
+        self.args = args
+        words = ["--prompt", "-", *options]
+        self.options = command_line.parse_arguments(words)
+        self.width = command_line.make_parser().parse_args(words).width  # None: not given
+        if self.options.drafter != "kangaroo":
+            raise UserError("--drafter and --tree: give --methods instead")
+        self.decoders, self.methods, self.left_out = {}, {}, {}
+        self.add("vanilla, width 1", "none", {"width": 1})
+
+    def decoder(self, width):
+        if width not in self.decoders:
+            args, o = self.args, self.options
+            self.decoders[width] = load(
+                args.model, args.adapter, o.device, o.dtype, width, o.chat, o.exit_layer, o.tf32,
+                o.compile, not o.no_graphs, o.system, args.heads, args.draft_model, args.datastore)
+        return self.decoders[width]
+
+    def add(self, name, drafter, found=None):
+        """A method by the name that it is to have; `found`: its settings, others are the usual.
+
+        What kangaroo.py's options say comes before them. Left out if it needs what is not there.
+        """
+        found = dict(found or {})
+        width = found.pop("width", self.width or WIDTHS.get(drafter, WIDTH))
+        window = {key: found.pop(key, usual) for key, usual in USUAL_WINDOW.items()}
+        asked = command_line.wanted(self.options) if drafter != "none" else {}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        decoder = self.decoder(width)
+        try:
+            decoder.settings(drafter)
+        except UserError as e:
+            self.left_out[name] = str(e)
+            return
+        settings = decoder.settings(drafter, **found | asked)
+        if drafter != "none" and vanilla(width) not in self.methods:
+            self.add(vanilla(width), "none", {"width": width})
+        self.methods[name] = Method(decoder, drafter, settings,
+                                    window if drafter == "lookahead" else {})
+
+    def answers(self, turns, line, new_tokens):
+        """Decode all turns of a question by all methods: [{method: figures}], one for each turn.
+
+        `line` says which method begins and, with --seed, which noise is sampled with. A later turn
+        follows vanilla's answer, at width 1, to the earlier one.
+        """
+        o, said, figures = self.options, [], []
+        sampler = Sampler(o.temperature, o.top_k, o.top_p, seed_of(o.seed, line - 1))
+        first = self.methods["vanilla, width 1"].decoder
+        for turn in turns:
+            said.append(turn)
+            prompt = first.encode(*said)
+            found = {name: self.methods[name].decode(prompt, new_tokens, sampler)
+                     for name in rotated(self.methods, line)}
+            texts = {self.methods[name].decoder.width: decoded.tokens
+                     for name, decoded in found.items() if name.startswith("vanilla")}
+            figures.append({name: counts_of(found[name]) | {
+                "identical": found[name].tokens == texts[method.decoder.width]}
+                for name, method in self.methods.items()})
+            said.append(first.tokenizer.decode(texts[1]).strip())
+        return figures
+
+
+def vanilla(width):
+    return f"vanilla, width {width}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+def counts_of(decoded):
+    """What a results file has of a decode.
+
+    drafted[w − 1] and accepted[w − 1] count the rounds that drafted, or accepted, to depth w.
+    """
+    rounds = decoded.rounds
+    columns = [max(r.draft.levels()) for r in rounds], [r.accepted for r in rounds]
+    drafted, accepted = ([sum(n >= w for n in column) for w in range(1, max(column) + 1)]
+                         for column in columns)
+    return {"tokens": len(decoded.tokens), "rounds": len(rounds),
+            "seconds": round(sum(decoded.seconds), 4),
+            "drafting": round(sum(decoded.drafting), 4), "drafted": drafted, "accepted": accepted}
+
+
+def fastest_of(turns):
+    """The name of the vanilla decoding with the fewest seconds a token."""
+    def seconds_a_token(name):
+        return (sum(turn[name]["seconds"] for turn in turns)
+                / sum(turn[name]["tokens"] for turn in turns))
+
+    return min((name for name in turns[0] if name.startswith("vanilla")), key=seconds_a_token)
+
+
+def figures_of(turns, name, fastest):
+    """The figures of a method over turns; speedup is the median, against the method `fastest`."""
+    tokens, rounds, seconds, drafting, identical = (
+        sum(turn[name][key] for turn in turns)
+        for key in ("tokens", "rounds", "seconds", "drafting", "identical"))
+    speedups = [turn[fastest]["seconds"] / turn[fastest]["tokens"] * turn[name]["tokens"]
+                / turn[name]["seconds"] for turn in turns]
+    by_depth = [[sum(column) for column in zip_longest(*(turn[name][key] for turn in turns),
+                                                       fillvalue=0)]
+                for key in ("drafted", "accepted")]
+    return {"turns": len(turns), "tokens": tokens, "compression_rate": tokens / rounds,
+            "speedup": statistics.median(speedups), "drafting": drafting / seconds,
+            "accepted_by_depth": [a / d for d, a in zip(*by_depth)], "identical": identical}
