@@ -18,18 +18,23 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 from make import insert
 
 from bench.ablations import PAPER, at, with_speedups
-from bench.spec_bench import METHODS, SUBTASKS, summarise
+from bench.spec_bench import SUBTASKS, needs, summarise
 from support.checkpoint import read_json
 
 BLUE, VIOLET, GREEN, RED, GREY = "#1668b8", "#6a3fb5", "#14733f", "#b3261e", "#8a8f99"
 MODELS = {"stories": "stories (16 layers)", "smollm2": "SmolLM2-135M (30 layers)"}
-PAPER_BENCH = {  # by subtask: compression rate, speedup
-    "Vicuna-7B": {"mt_bench": (2.22, 1.68), "translation": (1.41, 1.24),
-                  "summarization": (1.87, 1.50), "qa": (1.87, 1.43), "math_reasoning": (2.14, 1.61),
-                  "rag": (2.05, 1.52)},
-    "Vicuna-13B": {"mt_bench": (2.44, 1.66), "translation": (1.45, 1.18),
-                   "summarization": (2.00, 1.41), "qa": (1.79, 1.34),
-                   "math_reasoning": (2.42, 1.63), "rag": (2.16, 1.40)}}
+PAPER_BENCH = {  # compression rate, speedup, by subtask in Spec-Bench's order
+    name: dict(zip(SUBTASKS, cells)) for name, cells in {
+        "Vicuna-7B, Lookahead": ((1.70, 1.40), (1.24, 1.15), (1.53, 1.27), (1.56, 1.21),
+                                 (1.96, 1.51), (1.49, 1.19)),
+        "Vicuna-7B, Medusa": ((1.76, 1.55), (1.58, 1.41), (1.49, 1.32), (1.50, 1.34),
+                              (1.73, 1.54), (1.51, 1.29)),
+        "Vicuna-7B, REST": ((2.00, 1.58), (1.54, 1.26), (1.64, 1.33), (1.91, 1.63), (1.53, 1.23),
+                            (1.92, 1.46)),
+        "Vicuna-7B, Kangaroo": ((2.22, 1.68), (1.41, 1.24), (1.87, 1.50), (1.87, 1.43),
+                                (2.14, 1.61), (2.05, 1.52)),
+        "Vicuna-13B, Kangaroo": ((2.44, 1.66), (1.45, 1.18), (2.00, 1.41), (1.79, 1.34),
+                                 (2.42, 1.63), (2.16, 1.40))}.items()}
 PAPER_EXITS = {  # of 32 layers
     0: (1.42, 1.28), 2: (2.01, 1.50), 4: (2.32, 1.44), 8: (2.61, 1.28), 16: (3.40, 1.07)}
 PAPER_ADAPTERS = {"ℓ = 2": ("67 M", "1.50"), "attention + MLP": ("202 M", "1.37"),
@@ -76,46 +81,67 @@ def load(name):
 # bench/spec_bench.py and bench/exactness.py
 
 def spec_bench():
-    """The paper's table, ours above the paper's; and a picture of it."""
-    results = load("spec_bench-smollm2")
-    if not results:
-        return
-    summary = summarise(results)
-    subtasks = [key for key in SUBTASKS if key in summary]
+    """The paper's table, ours above the paper's; what each method needs; the paper's Figure 1."""
+    panels = {}
+    for model in MODELS:
+        if not (results := load(f"spec_bench-{model}")):
+            continue
+        summary = panels[model] = summarise(results)
+        subtasks = [key for key in SUBTASKS if key in summary]
+        lines = methods_table(summary, subtasks, with_paper=model == "smollm2")
+        tokens = summary["all"][summary["fastest"]]["tokens"]
+        told = {**results, "settings": {key: value for key, value in results["settings"].items()
+                                        if key != "methods"}}
+        write(f"spec_bench-{model}", [
+            *lines, "", *needs_table(results, summary), "", f"({settings(told)}; {tokens:,} tokens "
+            f"a method. Speedup against {summary['fastest']}.)"])
+    if panels:
+        draw_spec_bench(panels)
+
+
+def methods_table(summary, subtasks, with_paper):
     rows = []
-    for method in METHODS:
-        cells = [summary[key][method] for key in [*subtasks, "all"]]
-        identical = f"{cells[-1]['identical']} of {cells[-1]['turns']}"
-        rows.append([method, *map(both, cells), identical])
-    for model, figures in PAPER_BENCH.items():
+    for method, every in summary["all"].items():
+        cells = [both(summary[key][method]) for key in [*subtasks, "all"]]
+        rows.append([method, *cells, f"{every['identical']} of {every['turns']}"])
+    for name, figures in PAPER_BENCH.items() if with_paper else ():
         mean = sum(speedup for _, speedup in figures.values()) / len(figures)
         cells = ["{:.2f} / {:.2f}".format(*figures[key]) for key in subtasks]
-        rows.append([f"*the paper, {model}*", *cells, f"– / {mean:.2f}", "not claimed"])
-    head = ["", *(SUBTASKS[key] for key in subtasks), "all", "identical"]
-    tokens = summary["all"]["vanilla"]["tokens"]
-    write("spec_bench-smollm2", [
-        *table(head, rows), "", f"({settings(results)}; {tokens:,} tokens a method. Speedup "
-        f"against {summary['fastest']}.)"])
-    draw_spec_bench(summary, subtasks)
+        rows.append([f"*the paper, {name}*", *cells, f"– / {mean:.2f}", "not claimed"])
+    return table(["", *(SUBTASKS[key] for key in subtasks), "all", "identical"], rows)
 
 
-def draw_spec_bench(summary, subtasks):
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7))
-    for j, (axis, (key, title)) in enumerate(zip(axes, BOTH)):
-        paper = [PAPER_BENCH["Vicuna-7B"][s][j] for s in subtasks]
-        ours, lookup = ([summary[s][method][key] for s in subtasks]
-                        for method in ("Kangaroo", "prompt lookup"))
-        for i, (label, colour, heights) in enumerate((
-                ("SmolLM2-135M, ours", BLUE, ours),
-                ("SmolLM2-135M, prompt lookup", GREEN, lookup),
-                ("Vicuna-7B, the paper", GREY, paper))):
-            axis.bar([x + 0.27 * (i - 1) for x in range(len(subtasks))], heights, 0.25,
-                     color=colour, label=label)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(subtasks)), [SUBTASKS[s] for s in subtasks], rotation=25,
+def needs_table(results, summary):
+    rows = [[name, *needs(results["costs"][name]), f"{summary['all'][name]['drafting']:.0%}", words]
+            for name, words in results["settings"]["methods"].items()]
+    return table(["", "parameters", "bytes", "training, s", "time in drafts", "settings"], rows)
+
+
+def draw_spec_bench(panels):
+    """The paper's Figure 1 for our models: accepted by draft position, speedup by subtask."""
+    figure, axes = plt.subplots(1, 1 + len(panels), figsize=(3.6 + 2.8 * len(panels), 2.9),
+                                width_ratios=[1] * len(panels) + [1.5])
+    names = [name for name in panels[list(panels)[-1]]["all"] if not name.startswith("vanilla")]
+    colours = dict(zip(names, plt.get_cmap("tab10").colors))
+    for axis, (model, summary) in zip(axes, panels.items()):
+        for name in names:
+            shares = summary["all"].get(name, {}).get("accepted_by_depth", [])[:7]
+            axis.plot(range(1, 1 + len(shares)), shares, ".-", color=colours[name], label=name)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("draft position")
+        axis.set_title(f"{MODELS[model]}: accepted")
+    model, summary = list(panels.items())[-1]
+    groups = [key for key in [*SUBTASKS, "all"] if key in summary]
+    for i, name in enumerate(names):
+        axes[-1].bar([x + 0.8 * (i - (len(names) - 1) / 2) / len(names)
+                      for x in range(len(groups))], [summary[g][name]["speedup"] for g in groups],
+                     0.8 / len(names), color=colours[name], label=name)
+    axes[-1].axhline(1, color="black", linewidth=0.8)
+    axes[-1].set_xticks(range(len(groups)), [SUBTASKS.get(g, g) for g in groups], rotation=25,
                         ha="right")
-        axis.set_title(title)
-    axes[0].legend(fontsize=7.5)
+    axes[-1].set_title(f"{MODELS[model]}: speedup")
+    axes[-1].legend(fontsize=7, ncols=2)
+    figure.tight_layout()
     save(figure, "spec_bench")
 
 
