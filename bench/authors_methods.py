@@ -312,9 +312,9 @@ def parse_arguments(argv):
     parser.add_argument("--limit", type=int, default=8, help="prompts (default: 8)")
     parser.add_argument("--new-tokens", type=int, default=80, help="of a text (default: 80)")
     args = parser.parse_args(argv)
-    args.python = args.python.absolute()  # not resolved: it is a link out of its environment
     if not args.python.exists():
         raise UserError(f"--python {args.python}: no such program")
+    args.python = args.python.absolute()  # not resolved: it is a link out of its environment
     for flag, file, needed in (("--medusa", "medusa/model/medusa_model.py", "--heads"),
                                ("--rest", "rest/model/rest_model.py", "--datastore"),
                                ("--lookahead", "lade/decoding.py", None),
@@ -329,8 +329,8 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    return run_program("authors_methods.py", lambda: run(parse_arguments(argv)))
+    return run(parse_arguments(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("authors_methods.py", main))

@@ -4,12 +4,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helpers import random_model, write_adapter, write_model
+from helpers import write_adapter, write_model
 
 from bench import ablations, choose, methods, rules, spec_bench
-from bench.authors_methods import Replay, TheirLookahead
-from bench.common import asked_for, compare, weights_of
-from kangaroo import NoDrafter, generate
+from bench.common import asked_for, weights_of
 from llama import Sampler, UserError
 from support.checkpoint import read_config
 from support.decoder import DEFAULT_MODEL as STORIES
@@ -206,34 +204,3 @@ def test_ablations_train_and_measure_each_kind_of_variant(questions, tmp_path):
         assert sum(judged) == 2 * 8  # tokens of two answers
     ablations.main(argv)
     assert json.loads(out.read_text())["variants"] == first  # with the seconds of then
-
-
-def test_a_round_that_differs_from_the_authors_is_told(capsys):
-    """Bug: a comparison that cannot fail. Rounds that differ, or are missing, are not equal."""
-    model, width = random_model(), 16
-    first, *ids = [token for round_ in generate(model, NoDrafter(model), [1, 2, 3], 9, width=width)
-                   for token in round_.tokens]
-    trees = [[ids[:2]], [[ids[3], 0]], []]  # two are right; one of two; nothing is drafted
-    text = {"ids": [first, *ids[:6]], "lengths": [3, 2, 1]}
-
-    def same(theirs):
-        return compare("replay", [Replay(model, trees, width)], [[1, 2, 3]], [theirs], skip=1)
-
-    assert same(text)
-    assert "ids equal 7 of 7 · rounds equal 3 of 3" in capsys.readouterr().out
-    assert not same(text | {"lengths": [3, 1, 2]})
-    assert "text 1 differs from round 2 on: theirs 1, ours 2" in capsys.readouterr().out
-    assert not same(text | {"ids": [first, *ids[:5], ids[5] + 1]})
-
-
-@pytest.mark.parametrize("options", [{}, {"prompt": True}, {"move": True},
-                                     {"whole": True, "anywhere": True, "move": True}], ids=str)
-def test_lookahead_as_the_authors_do_it_is_lossless(options):
-    """Bugs: a node of the window that is accepted, or that stands at another node's place."""
-    model, shape = random_model(), (32, 5, 4, 3)
-    ids, drafter = [1, 2, 3, 4, 1, 2, 3], TheirLookahead(model, *shape, **options)
-    rounds = list(generate(model, drafter, ids, 40, 31, width=32))
-    vanilla = generate(model, NoDrafter(model), ids, 40, width=32)
-    assert sum((r.tokens for r in rounds), []) == [t for r in vanilla for t in r.tokens]
-    assert all(len(round_.tokens) == 1 for round_ in rounds[:2])  # the window is being filled
-    assert len(rounds) < 40
