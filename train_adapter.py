@@ -4,10 +4,11 @@
                                                        -> final distribution       -> loss
 
 The adapter learns to make the target's own LM head say after ℓ layers what it says after all of
-them. Hidden states live in memory for as long as a window of documents is trained on, and never on
-disk. A window may be passed over several times (`--passes`), because on a CPU the target's pass
-is several times as slow as a step of the adapter. Medusa heads (`--architecture medusa`) learn
-likewise: head k from the last layer's states, what the target says k positions later.
+them; or (`--learn text`) what the text says next, for which the first ℓ layers suffice. Hidden
+states live in memory for as long as a window of documents is trained on, and never on disk. A
+window may be passed over several times (`--passes`), because on a CPU the target's pass is several
+times as slow as a step of the adapter. Medusa heads (`--architecture medusa`) learn likewise: head
+k from the last layer's states, what the target says k positions later.
 
 Nothing here can change what `kangaroo.py` decodes, only how fast. Output: adapter.safetensors,
 config.json and log.jsonl. Left out on purpose: training the target. Read first `Target`, then
@@ -23,7 +24,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
@@ -44,7 +45,15 @@ from support.checkpoint import (
     write_json,
     write_safetensors,
 )
-from support.data import batches_of, digest, encode, most_frequent, prompt_of, split
+from support.data import (
+    batches_of,
+    digest,
+    encode,
+    every_token,
+    most_frequent,
+    prompt_of,
+    split,
+)
 from support.decoder import pick_device_and_dtype
 from support.program import HELP, Parser, options, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
@@ -52,8 +61,10 @@ from support.tokenizer import Tokenizer
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of what all processes do together
 # Options that a resumed run must share with the one that it goes on from.
-EXACT = ("exit_layer", "architecture", "vocabulary", "loss", "lr", "weight_decay", "warmup", "clip",
-         "updates", "batches", "batch_tokens", "max_length", "window", "passes", "seed", "heads")
+EXACT = ("learn", "exit_layer", "architecture", "vocabulary", "loss", "lr", "weight_decay",
+         "warmup", "clip", "updates", "batches", "batch_tokens", "max_length", "window", "passes",
+         "seed", "heads")
+LEARN = "target", "text"
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log()}
 
@@ -85,8 +96,12 @@ class Target:
         ids, learn = ids.to(device), learn.to(device)
         positions = torch.arange(ids.shape[1], device=device)
         x = model.run_layers(model.embed_tokens(ids), positions, None, 0, self.exit_layer)
-        y = model.run_layers(x, positions, None, self.exit_layer, len(model.layers))
-        return x, learn, *self.final(y[learn])
+        return x, learn, *self.wanted(x, ids, learn, positions)
+
+    def wanted(self, x, ids, learn, positions):
+        """(y, log_sums, best) of the positions to be learned."""
+        y = self.model.run_layers(x, positions, None, self.exit_layer, len(self.model.layers))
+        return self.final(y[learn])
 
     @torch.no_grad()
     def final(self, y):
@@ -110,14 +125,14 @@ class Target:
         a detached copy of the adapter's output, whose gradient then goes back through the adapter
         in one piece.
         """
-        x, learn, y, log_sums, best = states
+        x, learn, *wanted = states
         mixed = torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext()
         with torch.set_grad_enabled(scale is not None):
             with mixed:
                 out = adapter(x.float(), torch.arange(x.shape[1], device=x.device))[learn]
             leaf = out.detach().requires_grad_(scale is not None)
             sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-            chunks = zip(*(t.split(self.CHUNK) for t in (leaf, y, log_sums, best)))
+            chunks = zip(*(t.split(self.CHUNK) for t in (leaf, *wanted)))
             for chunk in chunks:
                 loss, figures = self.loss_of(*chunk, LOSSES[kind])
                 if scale is not None:
@@ -129,13 +144,34 @@ class Target:
 
     def loss_of(self, x, y, log_sums, best, loss):
         """(the loss, summed; the four sums of `loss`) at n positions, x (n, d) the adapter's."""
-        p = (F.linear(y, self.head).float() - log_sums[:, None]).exp()
+        p = (F.linear(y.to(self.head.dtype), self.head).float() - log_sums[:, None]).exp()
         log_q = self.draft_logits(x).float().log_softmax(-1)
         total, top = loss(p, log_q).sum(), log_q.argmax(-1)
         top = top if self.vocabulary is None else self.vocabulary[top]
         figures = (total.detach(), overlap(p, log_q).detach().sum(), (top == best).sum(),
                    torch.ones_like(top).sum())
         return total, torch.stack(figures)
+
+
+class TextTarget(Target):
+    """The same where the text itself is the target: all of p is on its next token.
+
+    So only the first layers run. Of `states`, x and learn are as above, and then comes
+    following (n,)    the next token, by its number in the vocabulary
+    """
+    def wanted(self, x, ids, learn, positions):
+        following = ids.roll(-1, 1)[learn]
+        if self.vocabulary is not None:
+            following = torch.searchsorted(self.vocabulary, following)
+        return following,
+
+    def loss_of(self, x, following, loss):
+        """Here each loss is −log q of the next token, and Σ min(p, q) is q."""
+        log_q = self.draft_logits(x).float().log_softmax(-1)
+        said = log_q.gather(1, following[:, None])
+        figures = (-said.detach().sum(), said.detach().exp().sum(),
+                   (log_q.argmax(-1) == following).sum(), torch.ones_like(following).sum())
+        return -said.sum(), torch.stack(figures)
 
 
 class MedusaTarget(Target):
@@ -226,13 +262,19 @@ def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
             mine = order[update][rank::ranks]
             for i in mine:
                 if i not in states:
-                    states[i] = target.states(*batches[i])
+                    found = target.states(*batches[i])
+                    states[i] = found if args.passes == 1 else in_half(found)
             tokens = sum(batches[i][1].sum().item() for i in order[update])
             last = update + 1 == len(order)
             after = (window + 1, 0) if last else (window, update + 1)
             yield after, [states[i] for i in mine], tokens
             if args.passes == 1:
                 states.clear()
+
+
+def in_half(states):
+    """The states as they are kept: float32 vectors in bfloat16, which is half as long."""
+    return tuple(t.bfloat16() if t.dim() > 1 and t.dtype == torch.float32 else t for t in states)
 
 
 def grouped(items, size):
@@ -357,6 +399,9 @@ class Training:
                 self.model.config.eos_token_ids)
             vocabulary = vocabulary.to(device)
         self.target = (MedusaTarget if medusa else Target)(self.model, exit_layer, vocabulary)
+        self.teacher = self.target  # what is learned from; figures are always of the target
+        if args.learn == "text":
+            self.teacher = TextTarget(self.model, exit_layer, vocabulary)
         torch.manual_seed(args.seed)
         self.adapter, self.begun_from = first_adapter(args, self.model)
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=args.lr,
@@ -399,12 +444,16 @@ class Training:
             print(self.describe(dtype), file=sys.stderr)
             logged = trim_log(self.log, self.state["step"])
             self.evaluated = max((r["step"] for r in logged if "held_out" in r), default=0)
-            self.held_out = [self.target.states(*batch) for batch in self.held_batches]
             prompts = [prompt_of(document, self.tokenizer, self.template)
                        for document in self.tested[:args.eval_prompts]]
             context = self.model.config.max_position_embeddings
             self.prompts = [ids for ids in prompts if 0 < len(ids) < context]
             self.progress = Progress(self.log, args.updates, self.state["step"])
+
+    @cached_property
+    def held_out(self):
+        """The states of the held-out documents, not before they are needed: it takes a while."""
+        return [in_half(self.target.states(*batch)) for batch in self.held_batches]
 
     def describe(self, dtype):
         args, n = self.args, sum(p.numel() for p in self.adapter.parameters())
@@ -420,7 +469,12 @@ class Training:
     def run(self):
         """All updates that are left, then the adapter."""
         args, state, elapsed, begin = self.args, self.state, self.state["seconds"], time.time()
-        stream = updates(self.documents, args, self.encode, self.target,
+        encode = self.encode
+        if args.learn == "text":
+            drafted = set(range(self.model.config.vocab_size) if self.target.vocabulary is None
+                          else self.target.vocabulary.tolist())
+            encode = partial(every_token, encode=encode, wanted=drafted)
+        stream = updates(self.documents, args, encode, self.teacher,
                          (state["window"], state["update"]), self.rank, self.ranks)
         wrapped = DistributedDataParallel(self.adapter) if self.ranks > 1 else self.adapter
         self.evaluate_if_due()  # a killed run may have saved, and not evaluated any more
@@ -449,7 +503,7 @@ class Training:
             alone = ranks > 1 and i + 1 < len(batches)
             with adapter.no_sync() if alone else contextlib.nullcontext():
                 scale = ranks / max(1, tokens)
-                sums += self.target.loss(adapter, states, args.loss, scale, self.autocast)
+                sums += self.teacher.loss(adapter, states, args.loss, scale, self.autocast)
         norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), args.clip)
         if not norm.isfinite():  # the same in all ranks
             raise UserError(f"--lr {args.lr}: the gradient is no longer finite; lower --lr or, if "
@@ -499,7 +553,7 @@ class Training:
             "data": [Path(path).name for path in args.data], "documents": len(self.documents),
             "held_out_documents": len(self.held), "updates": args.updates,
             "tokens": state["tokens"], "seconds": round(state["seconds"]), "device": str(device),
-            "loss": args.loss, "lr": args.lr, "init": self.begun_from,
+            "learn": args.learn, "loss": args.loss, "lr": args.lr, "init": self.begun_from,
             "vocabulary_coverage": round(self.coverage, 4), "held_out": held_out})
 
 
@@ -556,6 +610,8 @@ def make_parser():
            "one)", type=Path)
     option("--vocabulary", "N", "draft from the N most frequent tokens alone (default: from all)",
            type=int)
+    option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
+           "that is said, for which the first ℓ layers suffice", "target")
     option("--loss", "NAME", "cross-entropy, or acceptance: -log Σ min(p, q)", "cross-entropy")
     option("--updates", "N", "optimizer steps", 2000, type=int)
     option("--batch-tokens", "N", "the most tokens of a batch, padding included", 4096, type=int)
@@ -596,7 +652,8 @@ def parse_arguments(argv):
         if not fits:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)}: must be {want}")
-    for name, values in (("architecture", [*ADAPTERS, "medusa"]), ("loss", LOSSES)):
+    for name, values in (("architecture", [*ADAPTERS, "medusa"]), ("learn", LEARN),
+                         ("loss", LOSSES)):
         if getattr(args, name) not in values:
             raise UserError(f"--{name} {getattr(args, name)}: choose from {', '.join(values)}")
     medusa = args.architecture == "medusa"
@@ -604,7 +661,9 @@ def parse_arguments(argv):
             (medusa or args.exit_layer is not None, "--exit-layer: is needed, see --help"),
             (not medusa or args.exit_layer is None, "--exit-layer: not for --architecture medusa, "
              "whose heads read the last layer"),
-            (not medusa or args.init is None, "--init: not for --architecture medusa")):
+            (not medusa or args.init is None, "--init: not for --architecture medusa"),
+            (not medusa or args.learn == "target", "--learn text: not for --architecture medusa, "
+             "whose heads read the last layer")):
         if not fits:
             raise UserError(message)
     args.heads = args.heads if medusa else None

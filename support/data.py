@@ -37,25 +37,35 @@ def read_documents(path, allow_truncated=False):
     try:
         opened = gzip.open if str(path).endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
+            return [d for d in documents_of(file, path, allow_truncated) if d]
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: cannot be read as UTF-8 ({e.reason}), --data wants text, JSON or "
                         "these packed as .gz") from None
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+
+def documents_of(file, path, allow_truncated):
+    """The documents of an open file, and empty ones. JSONL is read line by line, because all of a
+    large file at once takes several times its size."""
+    head = []  # up to the first line that is not blank
+    while not (head and head[-1].strip()) and (line := file.readline()):
+        head.append(line)
+    begin, lines = "".join(head).lstrip(), chain(head, file)
     is_json = str(path).removesuffix(".gz").endswith((".json", ".jsonl"))
-    if text.lstrip().startswith("["):
-        entries = json_list(path, text, allow_truncated)
-    elif text.lstrip().startswith("{") or is_json:
-        entries = json_lines(path, text)
+    if begin.startswith("["):
+        entries = json_list(path, "".join(lines), allow_truncated)
+    elif begin.startswith("{") or is_json:
+        entries = json_lines(path, lines)
     else:
-        return [document for document in re.split(r"\n\s*\n", text) if document.strip()]
-    documents = [document_of(entry, f"{path}:{line}") for line, entry in entries]
-    return [document for document in documents if document]
+        yield from filter(str.strip, re.split(r"\n\s*\n", "".join(lines)))
+        return
+    for line, entry in entries:
+        yield document_of(entry, f"{path}:{line}")
 
 
-def json_lines(path, text):
-    for line, source in enumerate(text.split("\n"), 1):
+def json_lines(path, lines):
+    for line, source in enumerate(lines, 1):
         if source.strip():
             try:
                 yield line, json.loads(source)
@@ -66,7 +76,7 @@ def json_lines(path, text):
 
 def json_list(path, text, allow_truncated):
     """(line, element) of a JSON list; if it breaks off, what came before it, or UserError."""
-    decoder, entries, end, line = json.JSONDecoder(), [], text.index("[") + 1, 1
+    decoder, found, end, line = json.JSONDecoder(), 0, text.index("[") + 1, 1
 
     def skip(characters, i):
         while i < len(text) and text[i] in characters:
@@ -79,21 +89,22 @@ def json_list(path, text, allow_truncated):
         line, counted = line + text.count("\n", counted, start), start
         if text[start:start + 1] == "]":
             if text[start + 1:].strip():
-                what = readable.format(line, len(entries))
+                what = readable.format(line, found)
                 raise UserError(f"{what} ends, but not the file")
-            return entries
+            return
         try:
             entry, end = decoder.raw_decode(text, start)
             end = skip(" \t\r\n", end)
             if text[end:end + 1] not in (",", "]"):
                 raise ValueError("expected , or ]")
         except (ValueError, RecursionError) as e:
-            what = f"{readable.format(line, len(entries))} breaks ({e})"
+            what = f"{readable.format(line, found)} breaks ({e})"
             if not allow_truncated:
                 raise UserError(f"{what}; --allow-truncated goes on with these") from None
             print(f"warning: {what}", file=sys.stderr)
-            return entries
-        entries.append((line, entry))
+            return
+        yield line, entry
+        found += 1
         end += text[end] == ","
 
 
@@ -188,6 +199,12 @@ def encode(document, tokenizer, template, eos, max_length):
         if len(ids) >= max_length:
             break
     return ids[:max_length], learn[:max_length]
+
+
+def every_token(document, encode, wanted):
+    """As `encode`, but learned are all tokens that are among `wanted`, questions too."""
+    ids, _ = encode(document)
+    return ids, [i in wanted for i in ids]
 
 
 def answers(template, turns, text, eos):

@@ -15,6 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,9 @@ from support.checkpoint import load_adapter, load_llama, read_config
 from support.data import (
     batches_of,
     document_of,
+    documents_of,
     encode,
+    every_token,
     is_held_out,
     most_frequent,
     read_documents,
@@ -219,6 +222,51 @@ def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk
                               atol=1e-5 * q.grad.abs().max().item()), name
     assert torch.equal(target.loss(adapter, states, kind, autocast=None),
                        sums)  # without gradients, as evaluations do
+
+
+@pytest.mark.parametrize("chunk", [5, 512])
+@pytest.mark.parametrize("n", [None, 20])
+@pytest.mark.parametrize("kind", ["cross-entropy", "acceptance"])
+def test_the_text_is_learned_as_it_stands(monkeypatch, kind, n, chunk):
+    """Guards --learn text: a token learned at the wrong position, by its id in place of its number
+    in the vocabulary, or a layer of the target run in vain."""
+    monkeypatch.setattr(Target, "CHUNK", chunk)
+    target, adapter, ids, learn = tiny_target(n=n, seed=3)
+    subset = torch.arange(TINY.vocab_size) if n is None else target.vocabulary
+    learn = torch.isin(ids.roll(-1, 1), subset) & learn
+    learn[:, -1] = False
+    exact, model = copy.deepcopy(adapter).double(), copy.deepcopy(target.model).double()
+    x = model.run_layers(model.embed_tokens(ids), torch.arange(17), None, 0, 1)
+    q = model.lm_head(exact(x, torch.arange(17)))[:, :, subset].softmax(-1)
+    rows, columns = learn.nonzero().T
+    following = ids[rows, columns + 1]
+    said = q[rows, columns, (subset == following[:, None]).int().argmax(-1)]
+    right = subset[q[learn].argmax(-1)] == following
+    expected = -said.log().sum(), said.sum(), right.sum(), learn.sum()
+    (0.25 * expected[0]).backward()
+    run_layers, depths = target.model.run_layers, []
+    monkeypatch.setattr(target.model, "run_layers", lambda *args: depths.append(args[3:])
+                        or run_layers(*args))
+    text = train_adapter.TextTarget(target.model, 1, target.vocabulary)
+    sums = text.loss(adapter, text.states(ids, learn), kind, scale=0.25, autocast=None)
+    assert depths == [(0, 1)] and learn.sum() > 5
+    assert torch.allclose(sums, torch.stack([e.detach().double() for e in expected]), rtol=1e-5)
+    for (name, p), q in zip(adapter.named_parameters(), exact.parameters()):
+        assert torch.allclose(p.grad.double(), q.grad, rtol=1e-3,
+                              atol=1e-5 * q.grad.abs().max().item()), name
+
+
+@pytest.mark.parametrize("architecture", ADAPTERS)
+def test_kept_states_take_half_the_memory(architecture):
+    """Guards --passes: float32 states kept whole, or figures that suffer from their rounding."""
+    target, adapter, ids, learn = tiny_target(architecture)
+    target.model.lm_head.weight.data *= 4  # so that it is sure of something
+    states = target.states(ids, learn)
+    kept = train_adapter.in_half(states)
+    assert [2 * t.nbytes for t in (kept[0], kept[2])] == [states[0].nbytes, states[2].nbytes]
+    assert kept[1] is states[1] and all(a is b for a, b in zip(kept[3:], states[3:]))
+    whole, half = (target.loss(adapter, s, "cross-entropy", autocast=None) for s in (states, kept))
+    assert torch.allclose(whole, half, rtol=0.02) and not torch.equal(whole, half)
 
 
 @pytest.mark.parametrize("n", [None, 20])
@@ -400,6 +448,16 @@ def test_an_answer_that_spells_a_special_token(name, first, learned):
         assert run[:1] == begin or run[1:2] == begin and run[0] == Characters().id(" ")
 
 
+@pytest.mark.parametrize("wanted", [range(400), range(0, 400, 3)], ids=["all", "some"])
+@pytest.mark.parametrize("document", [TEXT[0], TEXT], ids=["text", "two answers"])
+def test_every_token_is_learned_with_learn_text(tokenizer, document, wanted):
+    """Guards --learn text: questions left out, or tokens learned that can never be drafted."""
+    ordinary = partial(encode, tokenizer=tokenizer, template=CHAT_TEMPLATES["chatml"], eos=EOS,
+                       max_length=100)
+    ids, learn = every_token(document, ordinary, wanted)
+    assert ids == ordinary(document)[0] and learn == [i in wanted for i in ids] and any(learn)
+
+
 def test_a_plain_text_is_learned_whole(tokenizer):
     """Guards plain text: a token lost, the end of sequence missing, or the first token learned,
     which nothing predicts."""
@@ -471,6 +529,29 @@ def test_a_document_is_on_one_side_everywhere(folder):
     rest, held = split([path, path])
     assert held and not any(map(is_held_out, rest)) and all(map(
         is_held_out, held)) and len(rest) + len(held) == 1000
+
+
+@pytest.mark.parametrize("vocabulary", [[], ["--vocabulary", 60]], ids=["all", "some"])
+def test_first_the_text_then_the_target(train, tmp_path, monkeypatch, vocabulary):
+    """Guards scarce compute: updates on the text that run the whole target, held-out figures of the
+    text, an adapter that distillation cannot go on from."""
+    passes, final = [], Target.final
+    monkeypatch.setattr(Target, "final", lambda *args: passes.append(0) or final(*args))
+    args = ["--architecture", "layer", "--updates", 30, "--passes", 10, *vocabulary]
+    status, err = train(*args, "--learn", "text", "--eval-every", 30)
+    updates, (held_out,) = log_of(tmp_path / "out")
+    assert status == 0 and updates[-1]["loss"] < 0.7 * updates[0]["loss"], err
+    assert len(passes) == 1, "the whole target runs for the held-out documents alone"
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["training"]
+    assert facts["learn"] == "text"
+    assert train(*args, "--init", tmp_path / "out", "--lr", 1e-12, out="same")[0] == 0
+    same = log_of(tmp_path / "same")[1][0]["held_out"]  # but for the saved weights' bfloat16
+    assert same == pytest.approx(held_out["held_out"], rel=0.02)
+    assert train(*args, "--init", tmp_path / "out", out="then")[0] == 0
+    after = log_of(tmp_path / "then")[1][0]["held_out"]
+    assert after["loss"] < held_out["held_out"]["loss"]
+    facts = json.loads((tmp_path / "then" / "config.json").read_text())["training"]
+    assert facts["learn"] == "target" and facts["init"]["learn"] == "text"
 
 
 def test_training_sees_no_held_out_document(train, folder, monkeypatch):
@@ -556,6 +637,25 @@ def test_a_killed_run_resumes_exactly(train, killed, resumable):
     assert not list(resumable.glob("*.tmp"))
 
 
+def test_a_stopped_run_on_the_text_resumes_exactly(train, tmp_path, monkeypatch):
+    """Guards --resume of --learn text: its place, its documents or its optimizer lost."""
+    args = [*LONG, "--learn", "text", "--vocabulary", 60]
+    assert train(*args, out="one go")[0] == 0
+    report = train_adapter.Progress.report
+
+    def stop(self, step, *more):
+        report(self, step, *more)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_adapter.Progress, "report", stop)
+        assert train(*args)[0] == 130
+    assert train(*args, "--resume")[0] == 0
+    assert same_weights(tmp_path / "out", tmp_path / "one go")
+    assert log_of(tmp_path / "out")[0][-1]["loss"] == log_of(tmp_path / "one go")[0][-1]["loss"]
+
+
 def test_a_finished_run_resumes_to_the_same(train, killed, tmp_path):
     """Guards --resume of a run that was stopped between its last checkpoint and its adapter."""
     out = shutil.copytree(killed[0], tmp_path / "out")
@@ -574,7 +674,7 @@ def test_another_seed_gives_another_adapter(train, killed, tmp_path):
                                            ("--loss", "acceptance"), ("--vocabulary", 60),
                                            ("--batches", 1), ("--architecture", "layer"),
                                            ("--seed", 7), ("--updates", 13), ("--chat", "chatml"),
-                                           ("--dtype", "bfloat16")])
+                                           ("--dtype", "bfloat16"), ("--learn", "text")])
 def test_other_options_are_refused_on_resuming(refused, resumable, option, value):
     """Guards --resume: a run that goes on with other options and equals neither run."""
     refused(["checkpoint.pt", option, str(value)], *LONG, option, value, "--resume")
@@ -790,6 +890,19 @@ def test_all_forms_read_alike(tmp_path, form, packed):
     path = tmp_path / ("data.json" + ".gz" * packed)
     (gzip.open if packed else open)(path, "wb").write(form.encode())
     assert read_documents(path) == DOCUMENTS
+
+
+def test_jsonl_is_read_line_by_line():
+    """Guards memory: a file that is read at once takes several times its size."""
+    class Lines(io.StringIO):
+        def read(self, *size):
+            raise AssertionError("read at once")
+
+    file = Lines("\n" + "\n".join(map(json.dumps, ENTRIES)))
+    assert list(documents_of(file, "data.jsonl", False)) == DOCUMENTS
+    file.seek(0)
+    next(documents_of(file, "data.jsonl", False))
+    assert file.readline(), "the first document, and all are read"
 
 
 def test_plain_text_is_split_at_blank_lines(tmp_path):
@@ -1047,6 +1160,7 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
                           (["--exit-layer", "two"], "--exit-layer"),
                           (["--updates", 0], "--updates 0"),
                           (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]),
+                          (["--learn", "all"], ["--learn all", "target, text"]),
                           (["--architecture", "mlp"], ["mlp", "layer"]),
                           (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]),
                           (["--passes", 0], "--passes 0"), (["--window", 1], "--window 1"),
