@@ -2,6 +2,7 @@
 
     python bench/choose.py --model DIR --adapter DIR --prompts FILE [--tree [--width 32]] [--write]
     python bench/choose.py --model DIR --prompts FILE --methods kangaroo,lookup,sps --out FILE
+    python bench/choose.py --model DIR --adapter DIR --prompts FILE --widths 4 6 8
 
 Take prompts that no reported figure comes from. Each prompt is decoded once, then the drafter
 drafts from every position of the output. A draft follows from the tokens before it alone, so the
@@ -9,6 +10,10 @@ rounds of any γ and η can be walked through on paper: the counts of tokens, ro
 exact (and compared with one real decode). The speedup is reckoned from these counts and the median
 times of a vanilla step, a draft step and a verification in this run: a noisy machine then shifts
 all entries alike. --write puts the best pair into the adapter's config.json.
+
+--widths chooses the rows of a step too, by tokens a second: a CPU that is bound by arithmetic pays
+for each row, and a draft of γ tokens needs no more than γ + 1. The width is not the adapter's to
+say, because vanilla decoding has the same: the command that is printed last names it.
 
 --tree chooses K, γ and η of a draft tree, which takes as many nodes as the width has room for (the
 rows are computed anyway). Its growth depends on all three, so every prompt is decoded with every
@@ -42,7 +47,7 @@ from bench.common import (
 from bench.methods import Methods, add_flags, fastest_of, figures_of, names_of
 from drafters.tree import TREE_WIDTH
 from kangaroo import WIDTH
-from llama import Sampler, UserError
+from llama import CHAIN_WIDTH, Sampler, UserError
 from support.checkpoint import read_json, write_json
 from support.decoder import Settings, load
 from support.program import refuse_below_one, run_program
@@ -73,18 +78,26 @@ def parse_arguments(argv):
     parser.add_argument("--tree", action="store_true")
     parser.add_argument("--width", type=int,
                         help=f"rows of a step of a tree (default: {TREE_WIDTH})")
+    parser.add_argument("--widths", type=int, nargs="+",
+                        help=f"rows of a step of a chain, 2 … {CHAIN_WIDTH} (default: {WIDTH})")
     parser.add_argument("--write", action="store_true")
     add_flags(parser, default=None)
     args = parser.parse_args(argv)
     refuse_below_one(args, "each", "new_tokens", "longest")
-    if args.methods and (args.tree or args.write):
-        raise UserError("--methods: tries all widths, leave out --tree and --write")
+    if args.methods and (args.tree or args.write or args.widths):
+        raise UserError("--methods: tries all widths, leave out --tree, --write and --widths")
     if args.out and not args.methods:
         raise UserError("--out: is for --methods; --write puts the best into the adapter's folder")
     if not args.methods and args.adapter is None:
         raise UserError("give --adapter (see --help)")
     args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
     refuse_tree_width(args)
+    if args.widths and args.tree:
+        raise UserError("--widths: is for a chain; run --tree --width W for each width")
+    args.widths = args.widths or [args.width]
+    for width in args.widths if not args.tree else ():
+        if not 2 <= width <= CHAIN_WIDTH:
+            raise UserError(f"--widths {width}: must be from 2 to {CHAIN_WIDTH}")
     return args
 
 
@@ -92,7 +105,8 @@ def settings_to_try(args):
     if args.tree:
         return [Settings(steps, threshold, candidates, args.width - 1) for candidates in CANDIDATES
                 for steps in TREE_STEPS for threshold in TREE_THRESHOLDS]
-    return [Settings(steps, threshold) for steps in STEPS for threshold in THRESHOLDS]
+    return [Settings(steps, threshold) for steps in STEPS if steps < args.width
+            for threshold in THRESHOLDS]
 
 
 def key(settings):
@@ -171,12 +185,8 @@ def choose_methods(args):
         write_json(args.out, chosen)
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    if args.methods:
-        return choose_methods(args)
-    where = args.adapter / "config.json"
-    written = read_json(where) if args.write else {}  # known before measuring
+def choose(args):
+    """The best settings at args.width: (tokens a second, width, their key); prints the table."""
     decoder = load(args.model, args.adapter, args.device, args.dtype, args.width, graphs=False)
     questions = pick(args.prompts, args.each, args.skip)
     prompts = [ids_of(decoder, question, args.longest) for question in questions]
@@ -186,12 +196,29 @@ def main(argv=None):
           f"step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification {verify * 1e3:.2f}")
     speedup = {key: reckoned(total, step, draft, verify) for key, total in counts.items()}
     show(counts, speedup, args.tree)
-    candidates, steps, threshold = max(speedup, key=speedup.get)
+    best = max(speedup, key=speedup.get)
+    speed = speedup[best] / step if step else 0.0  # texts of one token have no step to time
+    return speed, args.width, best
+
+
+def main(argv=None):
+    args, found = parse_arguments(argv), []
+    if args.methods:
+        return choose_methods(args)
+    where = args.adapter / "config.json"
+    written = read_json(where) if args.write else {}  # known before measuring
+    for width in args.widths:
+        args.width = width
+        found.append(choose(args))
+    speed, width, (candidates, steps, threshold) = max(found)
     chosen, more = {"steps": steps, "threshold": threshold}, ""
+    flags = f"--width {width} --steps {steps} --threshold {threshold}"
     if args.tree:
-        chosen = {"tree": chosen | {"top_candidates": candidates, "nodes": args.width - 1}}
-        more = f", K {candidates}, {args.width - 1} nodes"
-    print(f"best: γ {steps}, η {threshold}{more}")
+        chosen = {"tree": chosen | {"top_candidates": candidates, "nodes": width - 1}}
+        more = f", K {candidates}, {width - 1} nodes"
+        flags = f"--tree {flags} --top-candidates {candidates}"
+    print(f"best: γ {steps}, η {threshold}{more}, width {width}: {speed:.1f} tokens/s")
+    print(f"python kangaroo.py --model {args.model} --adapter {args.adapter} {flags} --prompt …")
     if args.write:
         write_json(where, written | chosen)
 

@@ -62,6 +62,8 @@ BESIDE = "--model model --prompts prompts.txt --python plain.txt "
 CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (choose, MODEL + "--prompts prompts.txt", "--adapter"),
     (choose, PROMPTS + "prompts.txt --adapter random --write", "random"),
+    (choose, PROMPTS + "prompts.txt --widths 4 1", "--widths 1"),
+    (choose, PROMPTS + "prompts.txt --tree --widths 16", "--widths"),
     (speed, MODEL + "--prompts prompts.txt", ["--prompts", "--adapter"]),
     (speed, MODEL + "--repeats 0", "--repeats 0"),
     (speed, MODEL + "--widths 8 0", "--widths 0"),
@@ -152,10 +154,24 @@ def test_choose_writes_what_it_found_best(folder, monkeypatch, capsys):
     path = folder / "model" / "adapter" / "config.json"
     before = path.read_text()
     assert status(choose, PROMPTS + "prompts.txt --skip 0 --write") == 0
-    steps, threshold = re.search(r"best: γ (\d), η ([\d.]+)", capsys.readouterr().out).groups()
+    out = capsys.readouterr().out
+    steps, threshold = re.search(r"best: γ (\d), η ([\d.]+), width 8: ", out).groups()
+    assert out.endswith(f" --width 8 --steps {steps} --threshold {threshold} --prompt …\n")
     found = {"steps": int(steps), "threshold": float(threshold)}
     assert json.loads(path.read_text()) == json.loads(before) | found
     path.write_text(before)
+
+
+def test_choose_compares_widths(folder, monkeypatch, capsys):
+    """Guards --widths: drafts longer than a step has rows, or a command with another width than
+    that of the best settings."""
+    monkeypatch.chdir(folder)
+    assert status(choose, PROMPTS + "prompts.txt --skip 0 --widths 2 4") == 0
+    out = capsys.readouterr().out
+    tables = re.split(r", width (?=[24];)", out)[1:]
+    assert [re.findall(r"(?m)^ {7}(\d) ", table) for table in tables] == [["1"], ["1", "2", "3"]]
+    width, steps = re.search(r"--width (\d) --steps (\d) ", out).groups()
+    assert int(steps) < int(width) and f"best: γ {steps}, " in out and f", width {width}: " in out
 
 
 def test_order_decodes_the_prompts_of_a_file(folder, monkeypatch, capsys):
