@@ -267,7 +267,8 @@ def batches_of(examples, batch_tokens):
 def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
     """The ids (size,), ascending, of the tokens most often to be predicted, and their share.
 
-    The ends of sequence are among them.
+    The ends of sequence are among them. Counted over `sample` documents drawn from all, because
+    encoding all of a large text takes minutes, and hardly changes which tokens these are.
     """
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for document in random.Random(0).sample(documents, min(sample, len(documents))):
