@@ -198,8 +198,28 @@ METHODS_2_MUTATIONS = [
 ]
 
 
+CUDA_TESTS = ["tests/test_pretend_cuda.py"]
+CUDA_MUTATIONS = [
+    ("a host value is frozen into a recording", GRAPHS, "tuple(x.shape), length, len(columns)",
+     "tuple(x.shape), len(columns)"),
+    ("a CPU tensor in a step", "llama.py", "torch.arange(cache.length, device=positions.device)",
+     "torch.arange(cache.length)"),
+    ("an .item() in a step", "llama.py", "        d = x.shape[-1]\n",
+     "        d = x.shape[-1]\n        x.sum().item()\n"),
+    ("a missing warm-up", GRAPHS,
+     "            with torch.cuda.stream(self.stream):\n                function(*inputs)\n", ""),
+    ("a replay finds the first input", GRAPHS, "            static.copy_(tensor)\n",
+     "            pass\n"),
+    ("a second sync a round", "kangaroo.py", "        refuse_nonfinite(all(finite),",
+     "        logits.sum().item()\n        refuse_nonfinite(all(finite),"),
+    ("a mask of another dtype", "llama.py", "torch.zeros_like(unseen, dtype=x.dtype)",
+     "torch.zeros_like(unseen, dtype=torch.float32)"),
+]
+
+
 SUITES = ((TESTS, MUTATIONS), (TREE_TESTS, TREE_MUTATIONS), (METHOD_TESTS, METHOD_MUTATIONS),
-          (METHODS_2_TESTS, METHODS_2_MUTATIONS), (GRAPH_TESTS, GRAPH_MUTATIONS))
+          (METHODS_2_TESTS, METHODS_2_MUTATIONS), (GRAPH_TESTS, GRAPH_MUTATIONS),
+          (CUDA_TESTS, CUDA_MUTATIONS))
 
 
 def mutated(file, old, new):
