@@ -196,6 +196,26 @@ def results_of(path, settings, **empty):
 # --------------------------------------------------------------------------------------------------
 # Timing and printing
 
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device, size):
+    """Bytes read and written per second by a copy of `size` bytes, the best of 10."""
+    source, seconds = torch.zeros(size, dtype=torch.uint8, device=device), []
+    target = torch.empty_like(source)
+
+    def copied():
+        target.copy_(source)
+        synchronize(device)
+
+    for _ in range(10):
+        synchronize(device)
+        seconds.append(stopwatch(copied)[1])
+    return 2 * size / min(seconds)
+
+
 def stopwatch(function, *arguments):
     """(what function(*arguments) returns, seconds that it took)"""
     begin = time.perf_counter()

@@ -1,46 +1,64 @@
-"""What a GPU makes of it: one command, no download, at most 8 minutes on an H100.
+"""The day with a GPU: one command measures what docs/performance.md asks, and writes its tables.
 
-    python bench/gpu.py
-    python bench/gpu.py --model DIR --adapter DIR [--questions FILE]
-    python bench/gpu.py --tiny
+    python bench/gpu.py --everything --model smollm2 --adapter models/smollm2-135m \\
+        --questions question.jsonl --data sharegpt.json --out docs/results/gpu.json
+    python bench/gpu.py --parts shape-7B --out gpu.json        # one of the parts alone
+    python bench/gpu.py --tiny --device cpu …                  # toy sizes, to test this file
 
-The first takes Llama shapes of 1B, 7B and 13B with random weights made on the device, then the
-stories model. Its speedups are of real Kangaroo rounds whose acceptance is controlled: the drafter
-does all of Kangaroo's work, but proposes the known continuation with probability α after each token
-that was right; α is that of a compression rate 1 + α + α² + … + α^γ as the paper reports. Two of
-them are printed: drafts that end with their first wrong token, as a perfect second early exit
-would, and drafts that always have γ tokens. Prefill and recording are not timed; the vanilla beside
-it is the faster of width 1 and the one shape.
+The parts, the most valuable first (`PARTS`), each a process of its own of at most 9 minutes, whose
+result is written when it is done; the same command goes on with those that are not:
 
-The second adds a model from disk, and decodes the first turns of 40 of Spec-Bench's questions as
-well: 256 tokens, every dtype, greedy and sampled, Kangaroo against vanilla decoding. The third runs
-on any machine within seconds, to test this file.
+tests     the property tests on CUDA, by pytest
+equal-*   a dtype: 40 questions of --questions, 256 tokens each, chain and tree, greedy and sampled:
+          are the answers vanilla's, and those without graphs?
+shape-*   Llama shapes with random weights, no download: vanilla at width 1 and at the one shape,
+          a draft step, a verification, speedups under controlled acceptance, memory
+stories, model   the same for the shipped model, and for --model
+train     an adapter for --model from all of --data; what is left after 9 minutes, the next run does
+answers   the questions with that adapter
+
+Controlled acceptance: real Kangaroo rounds, whose drafter does all of its work, but then proposes
+the known continuation, with probability α after each token that was right; α is that of a
+compression rate 1 + α + α² + … + α^γ as the paper reports. Two speedups: of drafts that end with
+their first wrong token, as a perfect second early exit would, and of drafts of γ tokens. Prefill
+and recording are not timed; the vanilla beside it is the faster of width 1 and the one shape.
 """
 import copy
 import gc
+import json
 import random
+import re
+import signal
 import statistics
+import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from bench.common import (
+    copy_bandwidth,
     dtype_name,
     ids_of,
     parser_for,
     pick,
     processor,
+    results_of,
+    software,
     stopwatch,
+    synchronize,
     weights_of,
 )
-from kangaroo import STEPS, THRESHOLD, WIDTH, Adapter, KangarooDrafter, generate
+from drafters.tree import TREE_WIDTH
+from kangaroo import STEPS, WIDTH, Adapter, KangarooDrafter, generate
 from llama import Llama, LlamaConfig, Sampler, build, one_shape, rows_are_alike
+from support.checkpoint import write_atomically
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
 from support.graphs import CudaRecorder, direct_recorder, fuse_pointwise, graph_drafter
 from support.program import refuse_below_one, run_program
@@ -49,40 +67,21 @@ SHAPES = {  # name: (config, exit layer)
     "1B": (LlamaConfig(2048, 5632, 22, 32, 4, 64, 32000, max_position_embeddings=8192), 2),
     "7B": (LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000, max_position_embeddings=8192), 2),
     "13B": (LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000, max_position_embeddings=8192), 3)}
-TINY_SHAPES = {"tiny": (LlamaConfig(64, 96, 4, 4, 2, 16, 300, max_position_embeddings=512), 2)}
+TINY_SHAPE = LlamaConfig(64, 96, 4, 4, 2, 16, 300, max_position_embeddings=512), 2
 # The paper's compression rates for a 7B: translation, questions, retrieval, MT-Bench.
 RATES = 1.41, 1.87, 2.05, 2.22
-PAPER, INDENT = Settings(STEPS, THRESHOLD), " " * 15
+SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, 0, 0.95, 1)}
+MINUTES, PAGE = 9, ROOT / "docs" / "performance.md"
 
 
 # --------------------------------------------------------------------------------------------------
-# The device, and models that were never trained
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
+# Models that were never trained
 
 def free_memory(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def copy_bandwidth(device, size):
-    """Bytes read and written per second by a copy of `size` bytes, the best of 10."""
-    source, seconds = torch.zeros(size, dtype=torch.uint8, device=device), []
-    target = torch.empty_like(source)
-
-    def copied():
-        target.copy_(source)
-        synchronize(device)
-
-    for _ in range(10):
-        synchronize(device)
-        seconds.append(stopwatch(copied)[1])
-    return 2 * size / min(seconds)
 
 
 def random_module(cls, config, device, dtype):
@@ -155,7 +154,7 @@ class Bench:
         self.plain, self.graphed = decoder, copy.copy(decoder)
         cuda = self.device.type == "cuda"
         self.graphed.use_graphs(CudaRecorder(self.device) if cuda else direct_recorder)
-        self.graphed.model.widths = 1, WIDTH
+        self.graphed.model.widths = 1, decoder.width
 
     def controlled(self, text, rate, stops, steps=STEPS, graphs=True):
         decoder = self.graphed if graphs else self.plain
@@ -216,11 +215,8 @@ class Bench:
                     self.controlled(text, rate, stops), prompt, n)
         return methods
 
-    def table(self, shipped, context, n, bandwidth):
-        """Print the figures of one context, and speedups under controlled acceptance.
-
-        Returns what the goals ask of it.
-        """
+    def context(self, shipped, context, n, bandwidth):
+        """The figures of one length of the context, times in milliseconds."""
         config, source = self.plain.model.config, random.Random(context)
         prompt = [source.randrange(config.vocab_size) for _ in range(context)]
         self.graphed.model.room = context + n + 2 * WIDTH
@@ -230,32 +226,20 @@ class Bench:
         for repeat in range(1 + self.repeats):
             for method, run in methods.items():
                 results[method] += [run()][:repeat]  # the first run records
-        same = all(tokens == text[context:] for method, runs in results.items()
-                   if method != "width 1" for _, tokens, _ in runs)
         seconds = {method: statistics.median(run[0] for run in runs)
                    for method, runs in results.items()}
         draft, verify = self.parts(prompt, 5 * self.repeats)
         one, shape = seconds["width 1"], seconds["one shape"]
-        best = min(one, shape)
-        share = {method: self.bytes_read(context + n / 2) / bandwidth / seconds[method]
-                 for method in ("width 1", "one shape")}
-        print(f"context {context:5}: vanilla at width 1 {one * 1e3:7.3f} ms, "
-              f"{share['width 1']:.2f} of bandwidth; at the one shape {shape * 1e3:7.3f} ms, "
-              f"{share['one shape']:.2f}, {shape / one:.3f} times width 1\n"
-              f"{INDENT}draft step {draft * 1e3:7.3f} ms, draft cost {draft / shape:.3f}; "
-              f"verification {verify * 1e3:7.3f} ms; tokens identical to vanilla's: {same}")
-        for stops, when in ((True, "after a wrong token"), (False, f"after {STEPS} tokens")):
-            speedups = ", ".join(
-                f"{results[rate, stops][0][2]:.2f} -> {best / seconds[rate, stops]:.2f}"
-                for rate in RATES)
-            print(f"{INDENT}compression rate -> speedup, a draft ends {when}: {speedups}")
-        graphs = seconds["no graphs"] / shape if shipped else None
-        if shipped:
-            print(f"{INDENT}the one shape without graphs {seconds['no graphs'] * 1e3:7.3f} ms, "
-                  f"with graphs {graphs:.2f} times as fast")
-        return {"share": share["width 1"], "shape": shape / one, "same": same,
-                "cost": draft / shape, "speedup": best / seconds[RATES[-1], True],
-                "graphs": graphs}
+        return {
+            "context": context, "width_1": one * 1e3, "one_shape": shape * 1e3,
+            "share": self.bytes_read(context + n / 2) / bandwidth / one, "ratio": shape / one,
+            "draft": draft * 1e3, "cost": draft / shape, "verification": verify * 1e3,
+            "identical": all(tokens == text[context:] for method, runs in results.items()
+                             if method != "width 1" for _, tokens, _ in runs),
+            "speedups": {when: [[results[rate, stops][0][2], min(one, shape) / seconds[rate, stops]]
+                                for rate in RATES]
+                         for when, stops in (("stops", True), ("goes on", False))},
+            "graphs": seconds["no graphs"] / shape if shipped else None}
 
     def bytes_read(self, positions):
         """Of weights and of the cache's rows, for one token behind so many."""
@@ -266,155 +250,302 @@ class Bench:
         rows = self.graphed.model.memory[model.config].rows
         return read + rows.nbytes / rows.shape[3] * positions
 
-    def print_memory(self):
+    def memory(self):
+        """GiB of weights, caches and all else that the device has given out."""
         weights = sum(p.nbytes for p in weights_of(self.plain.model))
         weights += sum(p.nbytes for p in self.plain.adapter.parameters())
         cache = sum(memory.rows.nbytes for memory in self.graphed.model.memory.values())
-        line = f"memory: weights {weights / 2 ** 30:.2f} GiB + cache {cache / 2 ** 30:.2f} GiB"
+        found = {"weights": weights / 2 ** 30, "cache": cache / 2 ** 30,
+                 "recordings": len(self.graphed.model.graphs.recordings)}
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
-            peak = torch.cuda.max_memory_reserved()
-            line += (f" + other {(total - free - weights - cache) / 2 ** 30:.2f} GiB (all that the "
-                     f"device has given out; PyTorch's own peak {peak / 2 ** 30:.2f} GiB)")
-        print(f"{line}; {len(self.graphed.model.graphs.recordings)} recordings")
+            found["other"] = (total - free - weights - cache) / 2 ** 30
+        return found
 
 
 # --------------------------------------------------------------------------------------------------
-# Real questions
+# The parts: functions of (arguments, device, dtype) that return what the results file keeps
 
-def questions(args, device):
-    """The second command's last part: are all answers vanilla's, in every dtype and sampling?"""
-    asked = pick(args.questions)
+def tests(args, device, dtype):
+    """How many property tests passed, were skipped or failed on CUDA, and the names of the last."""
+    chosen = ["tests/test_house.py", "-k", "circle"] if args.tiny else ["-k", "cuda", "-n", "4"]
+    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf",
+                             *chosen], cwd=ROOT, capture_output=True, text=True)
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", result.stdout)
+    return {"passed": 0} | {name: int(n) for n, name in counts} | {
+        "red": re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.M),
+        "exit_status": result.returncode}
+
+
+def figures(decoder, args, device, shipped):
+    bench, model = Bench(decoder, 1 if args.tiny else 3), decoder.model
+    bandwidth = copy_bandwidth(device, 2 ** 20 if args.tiny else 2 ** 31)
+    free_memory(device)
+    contexts, n = ((16, 40), 10) if args.tiny else ((512, 4096), 128)
+    longest = model.config.max_position_embeddings - n
+    return {"layers": len(model.layers), "exit_layer": decoder.exit_layer,
+            "weights": sum(p.numel() for p in weights_of(model)), "bandwidth": bandwidth,
+            "alike": rows_are_alike(model, WIDTH),
+            "contexts": [bench.context(shipped, context, n, bandwidth)
+                         for context in sorted({min(context, longest) for context in contexts})],
+            "memory": bench.memory()}
+
+
+def shape(name, args, device, dtype):
+    config, exit_layer = TINY_SHAPE if args.tiny else SHAPES[name]
+    decoder = random_decoder(name, config, exit_layer, device, dtype)
+    return figures(decoder, args, device, shipped=False)
+
+
+def stories(args, device, dtype):
+    decoder = load(DEFAULT_MODEL, None, device, dtype_name(dtype), graphs=False)
+    return figures(decoder, args, device, shipped=True)
+
+
+def model(args, device, dtype):
+    decoder = load(args.model, args.adapter, device, dtype_name(dtype), graphs=False)
+    return figures(decoder, args, device, shipped=True)
+
+
+def equal(name, args, device, dtype, adapter=None):
+    """Of the answers to --questions, how many are vanilla's, and how many those without graphs."""
+    asked, found = pick(args.questions), {}
     asked = asked[::max(1, len(asked) // args.answers)][:args.answers]  # spread over the file
-    all_same = True
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        bench = Bench(load(args.model, args.adapter, device, dtype_name(dtype), graphs=False), 1)
+    for drafter, width in (("kangaroo", WIDTH), ("tree", TREE_WIDTH)):
+        bench = Bench(load(args.model, adapter or args.adapter, device, name, width, graphs=False),
+                      1)
         prompts = [ids_of(bench.plain, question, 1024) for question in asked]
         bench.graphed.make_room(prompts, args.new_tokens)
-        for sampler in (Sampler(), Sampler(0.8, 0, 0.95, 1)):
-            same, ratio = answers(bench, prompts, args.new_tokens, sampler)
-            all_same = all_same and same == len(prompts)
-            print(f"{dtype_name(dtype)}, temperature {sampler.temperature}: {same} of "
-                  f"{len(prompts)} answers identical to vanilla's; median speedup, both with "
-                  f"graphs, {ratio:.2f}", flush=True)
+        for sampling, sampler in SAMPLERS.items():
+            found[f"{drafter}, {sampling}"] = answers(bench, prompts, args, drafter, sampler)
         del bench
         free_memory(device)
-    return all_same
+    return found
 
 
-def answers(bench, prompts, new_tokens, sampler):
-    """(how many are vanilla's, the median speedup)"""
-    def decoded(ids, drafter):
-        rounds = bench.graphed.rounds(ids, drafter, new_tokens, sampler)
-        return [token for r in rounds for token in r.tokens]
+def answers(bench, prompts, args, drafter, sampler):
+    def decoded(decoder, drafter, ids):
+        rounds = list(decoder.rounds(ids, drafter, args.new_tokens, sampler))
+        return [token for r in rounds for token in r.tokens], len(rounds)
 
-    same, ratios = 0, []
-    for i, ids in enumerate(prompts[:1] + prompts):  # the first one twice: it records
-        (tokens, seconds), (vanilla, vanilla_seconds) = (
-            stopwatch(decoded, ids, drafter) for drafter in ("kangaroo", "none"))
-        if i:
-            same += tokens == vanilla
-            ratios.append(vanilla_seconds / seconds)
-    return same, statistics.median(ratios)
+    runs, eager = [], prompts[:max(1, len(prompts) // 5)]  # graphs pay: without them it takes long
+    for ids in prompts[:1] + prompts:  # the first one twice: it records
+        runs.append([stopwatch(decoded, bench.graphed, name, ids) for name in (drafter, "none")])
+    same = [ours[0][0] == vanilla[0][0] for ours, vanilla in runs[1:]]
+    return {"answers": len(same), "identical": sum(same), "without_graphs": len(eager),
+            "identical_without_graphs": sum(
+                decoded(bench.plain, drafter, ids)[0] == run[0][0][0]
+                for ids, run in zip(eager, runs[1:])),
+            "compression_rate": sum(len(ours[0][0]) for ours, _ in runs[1:]) / sum(
+                ours[0][1] for ours, _ in runs[1:]),
+            "speedup": statistics.median(vanilla[1] / ours[1] for ours, vanilla in runs[1:])}
+
+
+def train(args, device, dtype):
+    """The adapter's facts; None if time ran out, and the next run is to go on."""
+    out = args.trained
+    resume = ["--resume"] * (out / "checkpoint.pt").exists()
+    sizes = ["--updates", "2", "--batches", "1", "--batch-tokens", "256", "--max-length", "64",
+             "--window", "16", "--warmup", "1", "--eval-prompts", "1"] if args.tiny else [
+        "--updates", str(args.updates), "--batches", "4", "--batch-tokens", "16384",
+        "--max-length", "1024", "--window", "1024", "--passes", "2", "--warmup", "100"]
+    process = subprocess.Popen([
+        sys.executable, str(ROOT / "train_adapter.py"), "--model", str(args.model), "--data",
+        *map(str, args.data), "--out", str(out), "--exit-layer", "2", "--architecture", "layer",
+        "--device", str(device), "--dtype", dtype_name(dtype), *sizes, *resume])
+    try:
+        status = process.wait(60 * (args.minutes - 0.5))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it has saved, and says so
+        process.wait()
+        return None
+    return {"exit_status": status} | (
+        json.loads((out / "config.json").read_text())["training"] if status == 0 else {})
+
+
+PARTS = {"tests": tests,
+         **{f"equal-{name}": partial(equal, name) for name in ("bfloat16", "float16", "float32")},
+         **{f"shape-{name}": partial(shape, name) for name in ("7B", "1B", "13B")},
+         "stories": stories, "model": model, "train": train,
+         "answers": lambda args, device, dtype: equal(dtype_name(dtype), args, device, dtype,
+                                                      args.trained)}
+NEEDS = {"equal": ("model", "questions"), "model": ("model",), "train": ("model", "data"),
+         "answers": ("model", "questions", "data")}
+
+
+# --------------------------------------------------------------------------------------------------
+# The page's tables
+
+BEGIN, END = "<!-- written by bench/gpu.py -->\n", "<!-- end of what bench/gpu.py writes -->\n"
+KIND = {True: "reached", False: "**missed**"}
+
+
+def goals(parts):
+    """[(goal, what was to be, what was found or None, whether that fits)]"""
+    first = parts["shape-7B"]["contexts"][0] if "shape-7B" in parts else None
+    equal = [f for name in parts if name.startswith("equal") for f in parts[name].values()]
+    enough = equal and sum(name.startswith("equal") for name in parts) == 3
+    graphs = parts["model"]["contexts"][0]["graphs"] if "model" in parts else None
+    other = [part["memory"]["other"] for part in parts.values()
+             if "other" in part.get("memory", {})]
+    ours = min(parts["answers"][f"kangaroo, {s}"]["speedup"]
+               for s in SAMPLERS) if "answers" in parts else None
+
+    def row(goal, wanted, value, fits, shown="{:.2f}"):
+        return (goal, wanted, None, None) if value is None else (
+            goal, wanted, shown.format(value), fits(value))
+
+    speedup = first and first["speedups"]["stops"][-1][1]
+    counts = f"{{}} of {sum(f['answers'] for f in equal)}"
+    tests = parts.get("tests")
+    return [
+        row("vanilla 7B at width 1: share of measured copy bandwidth", "≥ 0.80",
+            first and first["share"], lambda x: x >= 0.80),
+        row("one-shape step ÷ width-1 step, 7B", "≤ 1.05", first and first["ratio"],
+            lambda x: x <= 1.05),
+        row("draft step ÷ full step, 7B, ℓ = 2", "≤ 0.10", first and first["cost"],
+            lambda x: x <= 0.10),
+        row(f"speedup at compression rate {RATES[-1]} (the paper measured 1.68 there)", "≥ 1.75",
+            speedup, lambda x: x >= 1.75),
+        row("SmolLM2, vanilla with graphs ÷ without", "≥ 4", graphs, lambda x: x >= 4),
+        row("Kangaroo ÷ vanilla, both with graphs, SmolLM2 on Spec-Bench", "> 1", ours,
+            lambda x: x > 1),
+        row("memory beside weights and cache, the most", "≤ 1.5 GiB", max(other, default=None),
+            lambda x: x <= 1.5, "{:.2f} GiB"),
+        row("answers identical to vanilla, each dtype, greedy and sampled, chain and tree", "all",
+            sum(f["identical"] for f in equal) if enough else None,
+            lambda n: n == sum(f["answers"] for f in equal), counts),
+        row("graphs on ≡ graphs off on CUDA", "all",
+            sum(f["identical_without_graphs"] for f in equal) if enough else None,
+            lambda n: n == sum(f["without_graphs"] for f in equal),
+            f"{{}} of {sum(f['without_graphs'] for f in equal)}"),
+        row("all tests on CUDA", "pass", tests and tests["passed"],
+            lambda n: tests["exit_status"] == 0, "{} passed")]
+
+
+def page_of(results):
+    """What stands between the page's markers."""
+    settings, parts = results.get("settings"), results["parts"]
+    lines = ["Run on " + " · ".join(settings.values()) + "." if parts else
+             "**Nothing on this page has been run on a GPU yet.**", "", "| | goal | |",
+             "|---|---|---|"]
+    for goal, wanted, value, fits in goals(parts):
+        lines.append(f"| {goal} | {wanted} | "
+                     f"{'not run' if value is None else f'{value}, {KIND[bool(fits)]}'} |")
+    measured = {name: part for name, part in parts.items() if "contexts" in part}
+    if measured:
+        lines += ["", "Times in milliseconds; speedups at compression rates "
+                  f"{', '.join(map(str, RATES))}, drafts that end with the first wrong token.", "",
+                  "| | context | width 1 | one shape | bandwidth share | draft step | verification "
+                  "| speedups |", "|---|---|---|---|---|---|---|---|"]
+    for name, part in measured.items():
+        for c in part["contexts"]:
+            speedups = ", ".join(f"{speedup:.2f}" for _, speedup in c["speedups"]["stops"])
+            lines.append(f"| {name.removeprefix('shape-')} | {c['context']} | {c['width_1']:.2f} | "
+                         f"{c['one_shape']:.2f} | {c['share']:.2f} | {c['draft']:.3f} | "
+                         f"{c['verification']:.2f} | {speedups} |")
+    asked = {name: part for name, part in parts.items() if name.startswith(("equal", "answers"))}
+    if asked:
+        lines += ["", "| answers | identical to vanilla | without graphs | compression rate | "
+                  "speedup |", "|---|---|---|---|---|"]
+    for name, part in asked.items():
+        for how, f in part.items():
+            lines.append(f"| {name.removeprefix('equal-')}, {how} | {f['identical']} of "
+                         f"{f['answers']} | {f['identical_without_graphs']} of "
+                         f"{f['without_graphs']} | {f['compression_rate']:.2f} | "
+                         f"{f['speedup']:.2f} |")
+    return "\n".join([*lines, ""])
+
+
+def write_tables(page, results):
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    text = head + BEGIN + page_of(results) + END + rest.split(END)[1]
+    write_atomically(page, text.encode())
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 def parse_arguments(argv):
-    parser = parser_for(__doc__, model=None, adapter=None, questions=None, new_tokens=256)
+    parser = parser_for(__doc__, model=None, adapter=None, questions=None, out=None,
+                        new_tokens=256, device=None)
     option = parser.add_argument
-    option("--shapes", nargs="*", choices=SHAPES,
-           help="of 1B, 7B, 13B (default: all; without a name: none)")
-    option("--answers", type=int, default=40, help="so many of its questions, spread over the file")
-    option("--repeats", type=int, default=3)
-    option("--minutes", type=float, default=7, help="begin no further table after so many")
+    option("--everything", action="store_true", help="all parts that --out does not hold yet")
+    option("--parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    option("--data", nargs="+", type=Path, help="ShareGPT's conversations, to train an adapter")
+    option("--trained", type=Path, default=Path("trained"), help="where that goes")
+    option("--answers", type=int, default=40, help="so many questions, spread over the file")
+    option("--updates", type=int, default=2000, help="of the training")
+    option("--minutes", type=float, default=MINUTES, help="a part has at most so many")
+    option("--page", type=Path, help="whose tables to write (default: docs/performance.md)")
     option("--compile", action="store_true", help="fuse pointwise operations with torch.compile")
-    option("--tiny", action="store_true", help="tiny shapes, on the CPU, to test this file")
+    option("--tiny", action="store_true", help="toy sizes, on any device, to test this file")
     args = parser.parse_args(argv)
-    refuse_below_one(args, "answers", "new_tokens", "repeats")
-    if args.questions and not args.model:
-        parser.error("--questions: give --model too")
+    refuse_below_one(args, "answers", "new_tokens", "updates")
+    if bool(args.everything) == bool(args.parts):
+        parser.error("give one of --everything and --parts (see --help)")
+    if args.out is None:
+        parser.error("give --out, where the results go")
     if not args.tiny and not torch.cuda.is_available():
-        parser.error("there is no GPU here (--tiny runs without one)")
-    args.repeats = 1 if args.tiny else args.repeats
+        parser.error("there is no GPU here (--tiny --device cpu runs without one)")
+    args.parts = list(PARTS) if args.everything else args.parts
+    for part in args.parts:
+        for name in NEEDS.get(part.split("-")[0], ()):
+            if getattr(args, name) is None:
+                parser.error(f"--{name}: part {part} needs it (--parts chooses others)")
     args.adapter = args.adapter or args.model and args.model / "adapter"
+    args.page = args.page or (None if args.tiny else PAGE)
     return args
 
 
-def decoders(args, device, dtype):
-    """(name, title, whether it is on disk, Decoder) of shapes and models, one at a time."""
-    for name, shape in (TINY_SHAPES if args.tiny else SHAPES).items():
-        if args.shapes is None or name in args.shapes:
-            title = f"Llama {name}, random weights"
-            yield name, title, False, random_decoder(name, *shape, device, dtype)
-    folders = [(DEFAULT_MODEL, DEFAULT_MODEL / "adapter"), (args.model, args.adapter)]
-    dtype = dtype_name(dtype)
-    for folder, adapter in folders if args.model else folders[:1]:
-        yield str(folder), folder.name, True, load(folder, adapter, device, dtype, graphs=False)
+def results_for(args, device, dtype):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    settings = {"device": name, "software": f"{software()}, CUDA {torch.version.cuda}",
+                "dtype": dtype_name(dtype),
+                "answers": f"{args.answers} answers of {args.new_tokens} tokens",
+                "pointwise": "compiled" if args.compile else "not compiled"}
+    return results_of(args.out, settings, parts={})
 
 
-def report(title, shipped, decoder, args, bandwidth, begin):
-    """Print all figures of a model; returns what the goals ask of the shorter context."""
-    bench, model, found = Bench(decoder, args.repeats), decoder.model, []
-    contexts, n = ((16, 40), 10) if args.tiny else ((512, 4096), 128)
-    weights = sum(p.numel() for p in weights_of(model)) / 1e9
-    print(f"\n{title}: exit layer {decoder.exit_layer} of {len(model.layers)}, {weights:.2f}e9 "
-          f"weights; rows of a step are alike: {rows_are_alike(model, WIDTH)}", flush=True)
-    longest = model.config.max_position_embeddings - n
-    for context in sorted({min(context, longest) for context in contexts}):
-        if time.perf_counter() - begin > 60 * args.minutes:
-            print(f"context {context:5}: left out after {args.minutes:g} minutes")
-        else:
-            found.append(bench.table(shipped, context, n, bandwidth))
-    bench.print_memory()
-    sys.stdout.flush()
-    return found[0] if found else None
+def measure(part, args, device, dtype):
+    """Run a part here, and write its result."""
+    found = PARTS[part](args, device, dtype)
+    if found is not None:
+        results = results_for(args, device, dtype)
+        results["parts"][part] = found
+        write_atomically(args.out, json.dumps(results, indent=1).encode())
 
 
-def show_goals(goals, tiny):
-    print(f"\ngoals on an H100 ({'' if tiny else '7B, '}the shorter context)")
-    if found := goals.get("tiny" if tiny else "7B"):
-        for goal, value, fits in (
-                ("vanilla at width 1: share of measured copy bandwidth >= 0.80", found["share"],
-                 found["share"] >= 0.80),
-                ("one-shape step ÷ width-1 step <= 1.05", found["shape"], found["shape"] <= 1.05),
-                ("draft step ÷ full step <= 0.10", found["cost"], found["cost"] <= 0.10),
-                (f"speedup at compression rate {RATES[-1]} >= 1.75 (a draft ends after a wrong "
-                 "token)", found["speedup"], found["speedup"] >= 1.75)):
-            print(f"{'reached' if fits else 'missed ':8} {value:6.3f}  {goal}")
-    for name, found in goals.items():
-        if found["graphs"]:
-            print(f"{'reached' if found['graphs'] >= 4 else 'missed ':8} {found['graphs']:6.3f}  "
-                  f"{Path(name).name}: vanilla with graphs ÷ without >= 4 (the goal is SmolLM2's)")
+def measure_apart(part, argv, minutes):
+    """The same in a process that keeps its memory, its time and its crash to itself."""
+    rest = [word for word in argv if word != "--everything"]
+    try:
+        subprocess.run([sys.executable, __file__, *rest, "--parts", part], timeout=60 * minutes,
+                       stdout=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        print(f"{part}: not done in {minutes:g} minutes", file=sys.stderr)
 
 
 def main(argv=None):
-    args, begin = parse_arguments(argv), time.perf_counter()
-    device, dtype = pick_device_and_dtype(*(("cpu", "float32") if args.tiny else ()))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(argv)
+    device, dtype = pick_device_and_dtype(args.device, "float32" if args.tiny else None)
     if args.compile:
         fuse_pointwise()
-    bandwidth = copy_bandwidth(device, 2 ** 20 if args.tiny else 2 ** 31)
-    free_memory(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    print(f"{name} · torch {torch.__version__} · CUDA {torch.version.cuda} · {dtype_name(dtype)} · "
-          f"width {WIDTH} · γ {STEPS} · measured copy bandwidth {bandwidth / 1e9:.0f} GB/s"
-          f"{' · pointwise operations compiled' if args.compile else ''}", flush=True)
-    print("bandwidth share = (weights + keys and values in use) ÷ measured copy bandwidth ÷ time "
-          "of a token")
-    goals = {}
-    for name, title, shipped, decoder in decoders(args, device, dtype):
-        goals[name] = report(title, shipped, decoder, args, bandwidth, begin)
-        del decoder
-        free_memory(device)
-    goals = {name: found for name, found in goals.items() if found}
-    all_same = all(found["same"] for found in goals.values())
-    if args.questions:
-        print()
-        all_same = questions(args, device) and all_same
-    show_goals(goals, args.tiny)
-    print(f"{time.perf_counter() - begin:.0f} s")
-    return 0 if all_same else 1
+    for part in args.parts:
+        if part in results_for(args, device, dtype)["parts"]:
+            continue
+        if args.everything:
+            print(part, file=sys.stderr, flush=True)
+            measure_apart(part, argv, args.minutes)
+        else:
+            measure(part, args, device, dtype)
+    results = results_for(args, device, dtype)
+    if args.page:
+        write_tables(args.page, results)
+    print(page_of(results))
+    done = all(part in results["parts"] for part in args.parts)
+    return 0 if done and all(fits is not False for *_, fits in goals(results["parts"])) else 1
 
 
 if __name__ == "__main__":

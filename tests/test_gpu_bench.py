@@ -1,40 +1,89 @@
-"""bench/gpu.py does on the CPU, with tiny shapes, what it does on a GPU.
+"""bench/gpu.py does on the CPU, with toy sizes, what it does on a GPU.
 
 Its figures mean nothing here.
 """
 import json
-import re
+import shutil
 
 import pytest
 import torch
-from helpers import write_adapter, write_model
+from helpers import TEXT, write_adapter, write_model
 
 from bench import gpu
 from kangaroo import NoDrafter, generate
 from llama import UserError
 
 
-def test_it_runs_with_tiny_shapes(tmp_path, monkeypatch, capsys):
-    """All sections: a shape, the shipped model (a tiny one here), questions by dtype.
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A tiny model, adapter, questions and text, a page and a results file."""
+    folder = tmp_path_factory.mktemp("gpu")
+    write_adapter(folder / "model" / "adapter", write_model(folder / "model"))
+    asked = [{"category": "qa", "turns": [f"Who is number {i}?"]} for i in range(3)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    (folder / "text.txt").write_text("\n\n".join(TEXT * 20), encoding="utf-8")
+    shutil.copy(gpu.PAGE, folder / "page.md")
+    return {"--model": folder / "model", "--questions": folder / "questions.jsonl",
+            "--data": folder / "text.txt", "--page": folder / "page.md",
+            "--trained": folder / "trained", "--out": folder / "gpu.json", "--answers": 2,
+            "--new-tokens": 7, "--device": "cpu"}
 
-    And all tokens are vanilla's.
-    """
-    model, questions = tmp_path / "model", tmp_path / "questions.jsonl"
-    write_adapter(model / "adapter", write_model(model))
-    asked = [{"category": "qa", "turns": [f"Who is number {i}?"]} for i in range(9)]
-    questions.write_text("\n".join(map(json.dumps, asked)))
-    monkeypatch.setattr(gpu, "DEFAULT_MODEL", model)
-    assert gpu.main(["--tiny", "--model", str(model), "--questions", str(questions), "--answers",
-                     "3", "--new-tokens", "9"]) == 0
-    out = capsys.readouterr().out
-    assert len(re.findall("tokens identical to vanilla's: True", out)) == 6  # 3 models, 2 contexts
-    assert len(re.findall("3 of 3 answers identical", out)) == 6  # 3 dtypes, greedy and sampled
-    assert len(re.findall("reached|missed", out)) == 4 + 1
+
+def run(flags, *more):
+    words = [str(word) for pair in flags.items() for word in pair]
+    return gpu.main(["--tiny", *words, *more])
+
+
+def test_all_parts_one_after_another(flags, monkeypatch, capsys):
+    """Each part is done once; one that was broken off is done by the next run, which has the rest
+    already; then the page has figures where it said "not run"."""
+    done, broken = [], "shape-1B"
+    monkeypatch.setattr(gpu, "DEFAULT_MODEL", flags["--model"])
+
+    def here(part, argv, minutes):
+        done.append(part)
+        assert "--everything" in argv and minutes == gpu.MINUTES
+        if part != broken or done.count(part) > 1:
+            run(flags, "--parts", part)
+
+    monkeypatch.setattr(gpu, "measure_apart", here)
+    assert run(flags, "--everything") == 1 and done == list(gpu.PARTS)
+    held = json.loads(flags["--out"].read_text())["parts"]
+    assert set(held) == set(gpu.PARTS) - {broken}
+    run(flags, "--everything")
+    assert done == [*gpu.PARTS, broken]
+    parts = json.loads(flags["--out"].read_text())["parts"]
+    assert {name: parts[name] for name in held} == held  # untouched
+    assert parts["tests"]["passed"] == 1 and parts["tests"]["exit_status"] == 0
+    assert all(c["identical"] for part in parts.values() for c in part.get("contexts", []))
+    for part in ("equal-bfloat16", "equal-float16", "equal-float32", "answers"):
+        for found in parts[part].values():
+            assert found["identical"] == found["answers"] == 2
+            assert found["identical_without_graphs"] == found["without_graphs"] == 1
+    assert parts["train"]["updates"] == 2
+    page = flags["--page"].read_text(encoding="utf-8")
+    assert page.count("not run") == 1 and "24 of 24, reached" in page  # memory, on a CPU
+    assert "| 7B | 16 |" in page and "| bfloat16, tree, sampled | 2 of 2 | 1 of 1 |" in page
+    assert page.startswith(gpu.PAGE.read_text(encoding="utf-8").split(gpu.BEGIN)[0])
+
+
+def test_a_part_in_a_process_of_its_own(flags, tmp_path):
+    gpu.measure_apart("tests", [
+        "--tiny", "--everything", "--device", "cpu", "--out", str(tmp_path / "gpu.json")], 9)
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"]["tests"]["passed"] == 1
+
+
+def test_the_page_is_of_the_results_file():
+    """The committed page has the tables of docs/results/gpu.json, or says that nothing was run."""
+    path = gpu.PAGE.parent / "results" / "gpu.json"
+    results = json.loads(path.read_text()) if path.exists() else {"parts": {}}
+    text = gpu.PAGE.read_text(encoding="utf-8")
+    assert text.split(gpu.BEGIN)[1].split(gpu.END)[0] == gpu.page_of(results)
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return gpu.Bench(gpu.random_decoder("tiny", *gpu.TINY_SHAPES["tiny"], torch.device("cpu"),
+    return gpu.Bench(gpu.random_decoder("tiny", *gpu.TINY_SHAPE, torch.device("cpu"),
                                         torch.float32), repeats=1)
 
 
@@ -59,7 +108,12 @@ def test_acceptance_is_as_asked_for(bench, text, rate):
         assert found == pytest.approx(rate, rel=0.06)  # the edges of views cut some drafts
 
 
-def test_without_a_gpu_it_says_so(monkeypatch):
+@pytest.mark.parametrize("more, message", [
+    (["--everything", "--out", "gpu.json"], "--tiny"), (["--tiny"], "--everything"),
+    (["--tiny", "--everything"], "--out"),
+    (["--tiny", "--parts", "train", "--out", "gpu.json"], "--model"),
+    (["--tiny", "--parts", "equal-float16", "--model", "m", "--out", "gpu.json"], "--questions")])
+def test_what_is_missing_is_said(monkeypatch, more, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--tiny"):
-        gpu.main([])
+    with pytest.raises(UserError, match=message):
+        gpu.main(more)
