@@ -111,8 +111,8 @@ def test_the_command_line(gpu, more, folder, capsys):
 
 
 def test_training(folder, tmp_path, capsys):
-    """train_adapter.py on CUDA: an update, a checkpoint, one more after --resume; the weights are
-    the CPU's, up to rounding."""
+    """train_adapter.py on CUDA: an update, and --resume from its checkpoint, which has no update
+    left; the weights are the CPU's, up to rounding."""
     data = tmp_path / "text.txt"
     data.write_text("\n\n".join(TEXT * 40), encoding="utf-8")
 
@@ -129,8 +129,10 @@ def test_training(folder, tmp_path, capsys):
     with pretend_cuda() as gpu:
         first = train("cuda", 1)
         assert gpu.syncs
+        resumed = train("cuda", 1, "--resume")
     expected = train("cpu", 1)
     for name, weight in first.items():
+        assert torch.equal(weight, resumed[name]), name
         assert torch.allclose(weight.float(), expected[name].float(), rtol=0.02, atol=1e-4), name
 
 
