@@ -1,13 +1,13 @@
-"""Make again what the docs show of the stories model: the replay page, its picture, two examples.
+"""Make again what the docs show of the stories model: the replay page and two examples.
 
     python docs/make.py
 
-Writes docs/example.html, docs/example.png (needs Chromium or Chrome; without one the old picture
-stays) and the parts of docs/algorithm.md between the `example` and the `tree` comments. All of it
-comes from two decodes of the default model, the second with --tree.
+Writes docs/example.html and the parts of docs/algorithm.md between the `example` and the `tree`
+comments. All of it comes from decodes of one prompt, one a method: in float32, which all machines
+have, and at one width, because another width is another text. A method whose models are not there
+is left out, and named; run it again when they are.
 """
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,23 +18,52 @@ sys.path.insert(0, str(DOCS.parent))
 from drafters.tree import TREE_WIDTH
 from support import command_line, replay
 from support.checkpoint import write_atomically
-from support.decoder import load
+from support.decoder import DEFAULT_MODEL
 
 PROMPT = "Once upon a time"
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
 
 
 # --------------------------------------------------------------------------------------------------
-# The replay page, and its picture
+# The replay page
+
+# Which methods, and what they need.
+METHODS = {
+    "none": [], "lookup": [], "rest": [], "lookahead": [],
+    "sps": ["--draft-model", DEFAULT_MODEL / "draft"],
+    "medusa": ["--adapter", DEFAULT_MODEL / "medusa"],
+    "medusa-tree": ["--adapter", DEFAULT_MODEL / "medusa"], "tree": [], "kangaroo": []}
+
 
 def recorded():
-    """The data of the page, and the page itself."""
+    """{method: its trace on the page}, which is written."""
     page = DOCS / "example.html"
-    status = command_line.main(["--prompt", PROMPT, "--device", "cpu", "--compare", "--trace",
-                                str(page)])
-    if status:
-        raise SystemExit(f"kangaroo.py ended with status {status}: nothing else was written")
-    return replay.read_page(page), page
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / "page.html"
+        for method, needs in METHODS.items():
+            if method == "rest":
+                needs = ["--datastore", datastore(Path(folder))]
+            if not all(Path(word).exists() for word in needs[1:]):
+                print(f"left out: {method}, for there is no {needs[1]}", file=sys.stderr)
+                continue
+            name = method.removesuffix("-tree")
+            flags = ["--drafter", "kangaroo" if name == "tree" else name, *needs]
+            words = ["--prompt", PROMPT, "--device", "cpu", "--dtype", "float32", "--width",
+                     TREE_WIDTH, "--compare", "--trace", fresh, *flags,
+                     *["--tree"] * method.endswith("tree")]
+            if status := command_line.main(list(map(str, words))):
+                raise SystemExit(f"kangaroo.py ended with status {status}: nothing was written")
+        write_atomically(page, fresh.read_bytes())
+    return {trace["drafter"]: trace for trace in replay.read_page(page)}
+
+
+def datastore(folder):
+    """A datastore of little stories, as docs/methods.md makes one."""
+    texts, store = folder / "stories.jsonl", folder / "store.safetensors"
+    for program, *words in (
+            ("models/make_stories.py", "--text", texts, "--count", "3000"),
+            ("drafters/rest.py", "--model", DEFAULT_MODEL, "--data", texts, "--out", store)):
+        subprocess.run([sys.executable, DOCS.parent / program, *words], check=True)
+    return store
 
 
 def most_telling(rounds):
@@ -47,21 +76,6 @@ def most_telling(rounds):
         return rounds[r]["stopped"] == "unsure", 0 < accepted < drafted, drafted
 
     return max(range(len(rounds) - 1), key=telling)
-
-
-def picture(page, r, path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        print(f"no Chromium or Chrome here: {path} stays as it was", file=sys.stderr)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        shot = Path(folder) / "shot.png"
-        subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             f"--user-data-dir={folder}/profile", "--blink-settings=preferredColorScheme=1",
-             "--window-size=960,930", "--virtual-time-budget=3000", f"--screenshot={shot}",
-             f"{page.as_uri()}#round-{r + 1}"], check=True, capture_output=True, timeout=120)
-        write_atomically(path, shot.read_bytes())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,8 +133,9 @@ def example(data, r):
         begins = f"overwrites the rows from {after['position']} on. "
     return "\n".join([
         f"Prompt `{PROMPT}`, {prompt} tokens; N = {N} layers, ℓ = {L}, γ = {data['steps']}, η = "
-        f"{data['threshold']:g}; greedy. Prefill has run positions 0 … {prompt - 2}. This is round "
-        f"{r + 1} of {s['rounds']}; `·` is a space.", "", *table(data, r), "",
+        f"{data['threshold']:g}; greedy, float32, width {TREE_WIDTH}. Prefill has run "
+        f"positions 0 … {prompt - 2}. This is round {r + 1} of {s['rounds']}; `·` is a space.", "",
+        *table(data, r), "",
         f"What ran, as hooks on the layers recorded it: layers 0 … {L - 1} at each of the "
         f"positions {p} … {p + n}, one after another; the adapter {n} times; layers {L} … {N - 1} "
         f"once, over all {n + 1} rows. That is {passes} layer passes for {m} tokens, where vanilla "
@@ -160,22 +175,20 @@ def second_choices(tree):
     return sum(node > parents.index(parents[node - 1]) + 1 for node in tree["accepted"])
 
 
-def tree_example():
+def tree_example(trace):
     """The round of a decode with --tree that leaves the drafter's first choices most often, drawn.
 
     That is, whose accepted path does.
     """
-    decoder = load(device="cpu", width=TREE_WIDTH)
-    trees = decoder.generate(PROMPT, "tree")[1]["trees"]
+    trees = [{"parents": [node["parent"] for node in round_["drafted"]], "accepted": round_["path"],
+              "confidence": [node["confidence"] for node in round_["drafted"]]}
+             for round_ in trace["rounds"]]
     r = max(range(len(trees)), key=lambda r: (second_choices(trees[r]), len(trees[r]["accepted"])))
-    tree, tokenizer = trees[r], decoder.tokenizer
-    before = tokenizer.encode("a")  # so that a token shows the blank it begins with
-    head = len(tokenizer.decode(before))
-    texts = [tokenizer.decode([*before, token])[head:] for token in tree["tokens"]]
+    texts = [node["label"] for node in trace["rounds"][r]["drafted"]]
     return "\n".join([
-        f"Round {r + 1} of `python kangaroo.py --prompt \"{PROMPT}\" --tree`: {len(texts)} drafted "
+        f"Round {r + 1} of the same text, drafted with `--tree`: {len(texts)} drafted "
         "nodes, numbered in the order in which they ran, with the drafter's probability of each; ✓ "
-        "is the accepted path.", "", "```", *drawn(tree, ["last committed", *texts]), "```"])
+        "is the accepted path.", "", "```", *drawn(trees[r], ["last committed", *texts]), "```"])
 
 
 def insert(path, name, text):
@@ -188,8 +201,8 @@ def insert(path, name, text):
 
 
 if __name__ == "__main__":
-    data, page = recorded()
+    traces = recorded()
+    data = traces["kangaroo"]
     r = most_telling(data["rounds"])
-    picture(page, r, DOCS / "example.png")
     insert(DOCS / "algorithm.md", "example", example(data, r))
-    insert(DOCS / "algorithm.md", "tree", tree_example())
+    insert(DOCS / "algorithm.md", "tree", tree_example(traces["tree"]))

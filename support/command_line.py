@@ -27,7 +27,7 @@ from support.decoder import (
     timed,
 )
 from support.program import HELP, Parser, options, run_program
-from support.replay import Recorder, write_page
+from support.replay import Recorder, add_trace
 
 DRAFTING = [name for name in DRAFTERS if name not in TREES.values()]  # the others --tree names
 
@@ -82,8 +82,7 @@ def make_parser():
          help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     flag("--json", action="store_true",
          help="write a JSON object a prompt, and nothing else, to standard output")
-    option("--trace", "FILE", "write a page (HTML) that replays the decoding of one prompt round "
-           "by round")
+    option("--trace", "FILE", "write an HTML page that replays a decode, beside those it holds")
     flag("-h", "--help", action="help", help="show this text")
     return parser
 
@@ -227,7 +226,7 @@ def decode(decoder, args, prompt, ids, sampler, show, vanilla_first):
         result |= compared or vanilla(decoder, ids, args, sampler)
         result["identical"] = result["ids"] == result["vanilla_ids"]
     if args.trace:
-        write_page(args.trace, recorder.data(result))
+        add_trace(args.trace, recorder.trace(result))
     return result
 
 

@@ -1,20 +1,27 @@
 """Records one decode and writes it as a page that replays it (`--trace page.html`).
 
-    Decoder.generate -> Recorder: rounds, texts, every run of a layer -> JSON -> into replay.html
+    Decoder.generate -> Recorder: rounds, texts, every run of a layer -> a trace -> into replay.html
 
-A draft is recorded as a tree; a chain is one. Left out on purpose: all that is shown. The page
+A page holds a trace a method, all of the same text, and shows any two side by side: who writes a
+second method's trace to the same file adds it. A draft is recorded as a tree; a chain is one. Left
+out on purpose: all that is shown, but for the tables that a browser without scripts shows. The page
 itself, one file without network, its styles and its script are `replay.html`, which can be read on
 its own; the comment at the top of its script describes the JSON.
 """
 import json
 from functools import partial
+from html import escape
 from pathlib import Path
 
 from llama import room_for_draft
 from support.checkpoint import write_atomically
+from support.decoder import ADAPTED, DRAFTERS
 
 TEMPLATE = Path(__file__).with_name("replay.html")
-HERE = '<script type="application/json" id="data">'  # the JSON goes between this and the tag's end
+HERE = "<!-- here replay.py puts the traces, as tables and as JSON -->"
+JSON = '<script type="application/json" id="data">'
+# In the JSON a token is a list of these.
+DRAFTED, COMMITTED = ("id", "label", "parent", "step", "confidence"), ("id", "label", "end", "text")
 
 
 class Recorder:
@@ -46,9 +53,8 @@ class Recorder:
 
         model, adapter = self.decoder.model, self.decoder.adapter
         watched = [(layer, partial(self.saw_layer, i)) for i, layer in enumerate(model.layers)]
-        watched.append((model.lm_head, self.saw_head))
-        if adapter is not None:
-            watched.append((adapter, self.saw_adapter))
+        if self.drafter in ADAPTED:  # the others run no layer of the target before they verify
+            watched += [(model.lm_head, self.saw_head), (adapter, self.saw_adapter)]
             watched += [(adapter.head, self.saw_head)] * (adapter.head is not None)
         hooks = [module.register_forward_pre_hook(hook) for module, hook in watched]
         try:
@@ -85,7 +91,7 @@ class Recorder:
             "position": len(self.ids) - 1, "input": self.label(self.ids[:-1], self.ids[-1]),
             "drafted": self.nodes(round_.draft), "stopped": self.why_stopped(round_.draft),
             "accepted": round_.accepted, "path": round_.path, "committed": committed,
-            "passes": self.passes[:-1]})
+            "passes": self.passes[:-1] or self.passes})
         self.ids += round_.tokens
         self.passes, self.read = [[]], []
 
@@ -94,6 +100,7 @@ class Recorder:
         # What the LM head reads in a step, the step before has chosen. The verification, all rows,
         # comes last.
         step = [max(k - 1, 0) for k, rows in enumerate(self.read) for _ in range(rows)]
+        step = step or [0] * (1 + len(draft.tokens))
         nodes, paths = [], [self.ids]  # the ids up to each node
         for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents)):
             nodes.append({"id": token, "label": self.label(paths[parent], token),
@@ -126,8 +133,8 @@ class Recorder:
         text = text[len(head):] if text.startswith(head) else ""
         return text.replace("\ufffd", "") or f"‹{token}›"
 
-    def data(self, result):
-        """The page's JSON object; `result`: what `decode` returned, and what --compare adds."""
+    def trace(self, result):
+        """What a page keeps; `result`: what `decode` returned, and what --compare adds."""
         decoder, texts = self.decoder, iter(self.texts)
         for token in (token for round_ in self.rounds for token in round_["committed"]):
             token["text"] = "" if token["end"] else next(texts)
@@ -139,11 +146,12 @@ class Recorder:
             "accepted": sum(result["accepted"]), "compression_rate": tokens / rounds,
             "layer_passes": sum(map(layer_passes, runs)),
             "vanilla_layer_passes": layers * tokens}
+        exit_layer = decoder.exit_layer if self.drafter in ADAPTED else 0
         return {
             "settings": decoder.describe(self.drafter, self.settings),
-            "drafter": "kangaroo" if self.drafter == "tree" else self.drafter,
+            "drafter": self.drafter,
             "prompt": self.prompt, "chat": decoder.chat, "prompt_tokens": self.prompt_length,
-            "layers": layers, "exit_layer": decoder.exit_layer, "steps": self.settings.steps,
+            "layers": layers, "exit_layer": exit_layer, "steps": self.settings.steps,
             "threshold": self.settings.threshold, "identical": result.get("identical"),
             "rounds": self.rounds, "rest": "".join(texts), "text": result["text"],
             "summary": summary}
@@ -157,15 +165,77 @@ def layer_passes(run):
     return 1 if run[0] == "adapter" else run[1] - run[0]
 
 
-def write_page(path, data):
+# --------------------------------------------------------------------------------------------------
+# The page
+
+def add_trace(path, trace):
+    """Write a page with this trace, and with those of other methods if it holds such already.
+
+    They must be of the same text. Any other file is replaced.
+    """
+    def text(trace):
+        return trace["prompt"], trace["chat"], [
+            token["id"] for round_ in trace["rounds"] for token in round_["committed"]]
+
+    try:
+        others = [other for other in read_page(path)
+                  if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        others = []
+    traces = sorted([trace, *others], key=lambda trace: list(DRAFTERS).index(trace["drafter"]))
+    write_atomically(path, page(traces).encode())
+
+
+def page(traces):
+    """The page of some traces; the first is shown first."""
+    compact = []
+    for trace in traces:
+        rounds = [round_ | {name: [list(token.values()) for token in round_[name]]
+                            for name in ("drafted", "committed")} for round_ in trace["rounds"]]
+        compact.append(trace | {"rounds": rounds})
     # In a script element only "<" could end the JSON early or open a comment; in JSON it may be
     # written as an escape.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(compact, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    first = traces[0]
+    tables = (f"<p class=card>{escape(first['prompt'])}<b>{escape(first['text'])}</b>"
+              + "".join(map(table, traces)))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split(HERE)
-    write_atomically(path, (head + HERE + text + tail).encode())
+    return f"{head}<noscript>{tables}</noscript>\n{JSON}{data}</script>{tail}"
 
 
 def read_page(path):
-    """The data of a page that `write_page` wrote."""
-    text = Path(path).read_text(encoding="utf-8").split(HERE)[1]
-    return json.loads(text[:text.index("</script>")])
+    """The traces of a page that `add_trace` wrote."""
+    text = Path(path).read_text(encoding="utf-8").split(JSON)[1]
+    traces = json.loads(text[:text.index("</script>")])
+    for trace in traces:
+        for round_ in trace["rounds"]:
+            for name, keys in (("drafted", DRAFTED), ("committed", COMMITTED)):
+                round_[name] = [dict(zip(keys, token)) for token in round_[name]]
+    return traces
+
+
+def table(trace):
+    """A trace as HTML: a row a round."""
+    def words(tokens):
+        return " ".join(f"<b>{escape(visible(token['label']))}</b>" for token in tokens)
+
+    rows = []
+    for i, round_ in enumerate(trace["rounds"], 1):
+        drafted, path = round_["drafted"], round_["path"]
+        others = [token for node, token in enumerate(drafted, 1) if node not in path]
+        cells = (words(drafted[node - 1] for node in path), words(others),
+                 words(round_["committed"][len(path):]))
+        rows.append(f"<tr><th scope=row>{i}<td>" + "<td>".join(cells))
+    s = trace["summary"]
+    return (f"<div class=card><h2>{trace['drafter']}</h2><p>{escape(trace['settings'])}. "
+            f"{s['tokens']} tokens in {s['rounds']} rounds; {s['accepted']} of {s['drafted']} "
+            "drafted tokens accepted.\n"
+            "<table class=plain><thead><tr><th scope=col>Round<th scope=col>Drafted and accepted"
+            "<th scope=col>Drafted and not accepted<th scope=col>The model’s own token<tbody>\n"
+            + "\n".join(rows) + "</table></div>")
+
+
+def visible(label):
+    """A token's label with its leading space and its line breaks as signs."""
+    text = label.lstrip(" ")
+    return ("·" * (len(label) - len(text)) + text).replace("\n", "↵")

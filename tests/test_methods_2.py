@@ -644,4 +644,4 @@ def test_graphs_and_the_page_take_any_method(cli, folder, tmp_path, drafter):
     flags = ["--drafter", drafter.removesuffix("-tree"), *(["--tree"] if "-" in drafter else [])]
     heads = ["--adapter", tmp_path] if drafter != "lookahead" else []
     assert cli(*flags, *heads, "--trace", tmp_path / "page.html")[0] == 0
-    assert len(read_page(tmp_path / "page.html")["rounds"]) == len(plain)
+    assert len(read_page(tmp_path / "page.html")[0]["rounds"]) == len(plain)

@@ -1,11 +1,13 @@
 """--trace: the page holds what the run did, and in a real browser shows it. Chromium or Chrome,
-where one is installed."""
+where one is installed. The page is also held against axe-core's rules of accessibility; in the
+repository's folder, `npm install --no-save axe-core` brings them."""
 import html
 import itertools
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -42,7 +44,9 @@ def run(model, tmp_path, capfd):
         ]
         status, (out, err) = command_line.main([str(word) for word in words]), capfd.readouterr()
         assert status == 0, err
-        data = replay.read_page(page)
+        data = replay.read_page(page)[0] if page.exists() else None
+        if data is None:
+            return
         summary = "{tokens} tokens in .* compression rate {compression_rate:.2f}".format(
             **data["summary"])
         assert re.search(summary, err)
@@ -113,7 +117,7 @@ def test_the_data_is_the_run(run, args):
     start, passes = data["prompt_tokens"] - 1, 0
     for r in rounds:
         assert r["position"] == start and r["accepted"] == len(r["path"])
-        if data["drafter"] == "kangaroo":
+        if data["drafter"] in ("kangaroo", "tree"):
             runs, steps = [run for group in r["passes"]
                            for run in group], [node["step"] for node in r["drafted"]]
             n = len(set(steps))  # a chain has a node a step
@@ -241,9 +245,12 @@ def test_a_prompt_cannot_leave_its_string(run):
     data."""
     data, _, page = run()
     text, template = page.read_text(encoding="utf-8"), replay.TEMPLATE.read_text(encoding="utf-8")
-    inside = text.split(replay.HERE)[1].split("</script>")[0]
-    assert data["prompt"] == PROMPT and "<" not in inside
-    assert text.replace(inside, "", 1) == template
+    head, tail = template.split(replay.HERE)
+    tables, inside = text.removeprefix(head).removesuffix(tail).split(replay.JSON)
+    assert data["prompt"] == PROMPT and inside.count("<") == 1 and inside.endswith("</script>")
+    assert html.escape(PROMPT) in tables and set(re.findall("<([^ >]*)", tables)) == {
+        "noscript", "/noscript", "p", "div", "/div", "h2", "/h2", "table", "/table", "thead",
+        "tbody", "tr", "th", "td", "b", "/b"}
 
 
 def test_the_page_stands_alone():
@@ -256,6 +263,26 @@ def test_the_page_stands_alone():
                       text) == ["http://www.w3.org/2000/svg"]  # a name, not an address
     assert not re.search(
         r"\bsrc=|@import|url\(|fetch\(|XMLHttpRequest|innerHTML|document\.write|eval\(", text)
+
+
+def test_methods_share_a_page_if_their_text_is_the_same(run, model, tmp_path):
+    """A second method's trace is added, the same method's is replaced, and so is a page of another
+    text, or any other file."""
+    page = tmp_path / "shared.html"
+
+    def write(*args, **more):
+        run(*args, "--trace", page, **more)
+        return [(trace["drafter"], trace["steps"]) for trace in replay.read_page(page)]
+
+    page.write_text(replay.JSON + '[{"rounds": 1}]</script>')
+    assert write("--drafter", "lookup") == [("lookup", 6)]
+    assert write() == [("kangaroo", 6), ("lookup", 6)]
+    assert write("--steps", 2) == [("kangaroo", 2), ("lookup", 6)]
+    assert write("--drafter", "none") == [("kangaroo", 2), ("lookup", 6), ("none", 6)]
+    kept = replay.read_page(page)
+    assert replay.page(kept) == page.read_text(encoding="utf-8")
+    assert write("--drafter", "lookup", "--max-new-tokens", 39) == [("lookup", 6)]
+    assert write(prompt="Another") == [("kangaroo", 6)]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +341,7 @@ const done = what => {
 </script>"""
 
 
-def browse(page, tmp_path, script, fragment=""):
+def browse(page, tmp_path, script, fragment="", dark=False, timeout=120):
     """Open the page with `script`, which ends by calling done(object); returns the object. No
     error, no word on the console."""
     text = page.read_text(encoding="utf-8")
@@ -325,9 +352,10 @@ def browse(page, tmp_path, script, fragment=""):
     shown = subprocess.run([
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         f"--user-data-dir={tmp_path / 'of'}", "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={int(not dark)}",
         "--virtual-time-budget=20000", "--dump-dom",
         page.as_uri() + fragment
-    ], capture_output=True, text=True, timeout=120)
+    ], capture_output=True, text=True, timeout=timeout)
     found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
     end = f"{shown.stdout[-2000:]}\n{shown.stderr[-2000:]}"
     assert found, f"the script did not come to its end:\n{end}"
@@ -511,38 +539,257 @@ def test_every_way_of_moving_shows_the_same(run, tmp_path):
     assert told["ways"] and all(told["ways"].values()), told["ways"]
 
 
+# In a frame of some width: what is there after opening an address.
+FRAMES = """
+const open = (width, hash) => new Promise(resolve => {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `width: ${width}px; height: 800px; border: 0`;
+  frame.onload = () => {
+    frame.contentWindow.location.hash = hash;
+    setTimeout(() => resolve(frame.contentWindow), 500);
+  };
+  frame.srcdoc = page;
+  document.body.append(frame);
+});
+"""
+
+
+def framed(page, tmp_path, script, head="", **more):
+    """Run a script on an empty page that can open the page in frames of its own."""
+    text = page.read_text(encoding="utf-8").replace("</body>", head + "</body>")
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<!doctype html><html lang=en><head><title>Kangaroo, replayed</title></head>"
+        "<body></body></html>", encoding="utf-8")
+    quoted = json.dumps(text).replace("<", "\\u003c")
+    return browse(outer, tmp_path, f"const page = {quoted};{FRAMES}{script}", **more)
+
+
 @in_browser
 @pytest.mark.parametrize("name", ["kangaroo", "tree"])
 def test_a_phone_needs_no_sideways_scrolling_and_all_controls_have_names(run, tmp_path, name):
     """At 390 and 320 pixels nothing is wider than the screen and the controls are in sight; each
     says what it does."""
     _, _, page = run(*RUNS[name])
-    frame = json.dumps(page.read_text(encoding="utf-8")).replace("<", "\\u003c")
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        "<!doctype html><html><head><title>Kangaroo, replayed</title></head><body></body></html>",
-        encoding="utf-8")
-    told = browse(
-        outer, tmp_path, f"""
-        const page = {frame};""" + """
-        const measure = width => new Promise(resolve => {
-          const frame = document.createElement("iframe");
-          frame.style.cssText = `width: ${width}px; height: 800px; border: 0`;
-          frame.onload = () => {
-            const inside = frame.contentDocument, root = inside.documentElement;
-            const out = c => { const box = c.getBoundingClientRect();
-                               return box.right > root.clientWidth || box.bottom > 800; };
-            const named = c => c.getAttribute("aria-label") || c.textContent.trim();
-            inside.getElementById("last").click();
-            const controls = [...inside.querySelectorAll("button, input, select")];
-            resolve({fits: root.scrollWidth === root.clientWidth,
-              live: inside.getElementById("say").getAttribute("aria-live"),
-              out: [...inside.querySelectorAll("#controls *")].filter(out).map(c => c.id),
-              nameless: controls.filter(c => !named(c)).map(c => c.id)});
-          };
-          frame.srcdoc = page;
-          document.body.append(frame);
-        });
+    told = framed(page, tmp_path, """
+        const measure = async width => {
+          const {document: inside} = await open(width, "#end"), root = inside.documentElement;
+          const out = c => { const box = c.getBoundingClientRect();
+                             return box.right > root.clientWidth || box.bottom > 800; };
+          const named = c => c.getAttribute("aria-label") || c.closest("label")
+            || c.textContent.trim();
+          const controls = [...inside.querySelectorAll("button, input, select")];
+          return {fits: root.scrollWidth === root.clientWidth,
+            live: inside.getElementById("say").getAttribute("aria-live"),
+            out: [...inside.querySelectorAll("#controls *")].filter(out).map(c => c.id),
+            nameless: controls.filter(c => !named(c)).map(c => c.id)};
+        };
         Promise.all([390, 320].map(measure)).then(sizes => done({sizes}));""")
     for size in told["sizes"]:
         assert size == {"fits": True, "out": [], "live": "polite", "nameless": []}
+
+
+# --------------------------------------------------------------------------------------------------
+# Two methods, words, no scripts, everybody
+
+@pytest.fixture
+def several(run, tmp_path):
+    """A page with a chain, a tree and vanilla decoding, and its traces."""
+    page = tmp_path / "several.html"
+    for name in ("unsure", "tree", "vanilla"):
+        run(*CONFIDENT, *RUNS[name], "--width", 16, "--trace", page)
+    return page, replay.read_page(page)
+
+
+def spans(trace):
+    """[(first token, end)] of the rounds."""
+    ends = list(itertools.accumulate(len(r["committed"]) for r in trace["rounds"]))
+    return list(zip([0, *ends], ends))
+
+
+@in_browser
+def test_two_methods_side_by_side(several, tmp_path):
+    """Each line holds the rounds of both that wrote its words; at each step the round that wrote
+    the word is marked on both sides, and what comes later is not there yet."""
+    page, traces = several
+    told = browse(page, tmp_path, """
+        const all = query => [...document.querySelectorAll(query)];
+        const number = button => Number(button.querySelector(".n").textContent.slice(6));
+        const lines = all("#pairs li").map(li => ({words: li.querySelector("p").textContent,
+          sides: [...li.querySelectorAll(".side")].map(
+            side => [...side.querySelectorAll("button")].map(number))}));
+        const seen = [], say = new Set();
+        click("first");
+        do {
+          seen.push({ahead: all("#output .ahead").length, arcs: all("#arcs path").length,
+            now: all(".side [aria-current]").map(number)});
+          say.add(text("pair-say"));
+          if (document.getElementById("step").disabled) break;
+        } while (click("step") || true);
+        const ends = [];
+        for (click("first"); !document.getElementById("step").disabled; click("step-round"))
+          ends.push(Number(text("where").split(" ")[0]));
+        click("last");
+        done({lines, seen, ends, said: say.size, output: text("output"),
+          names: all("#sides h2").map(h => h.textContent), counters: all("#sides dd").map(
+            dd => dd.textContent), title: text("heading")});""", "#tree,kangaroo")
+    by_name = {trace["drafter"]: trace for trace in traces}
+    two = by_name["tree"], by_name["kangaroo"]
+    assert told["names"] == ["Kangaroo with a tree", "Kangaroo"]
+    assert told["output"] == two[0]["text"]
+    count = len([token for r in two[0]["rounds"] for token in r["committed"]])
+    assert told["counters"] == [cell for trace in two for cell in (
+        str(len(trace["rounds"])), f"{count / len(trace['rounds']):.2f}")]
+    start = 0
+    for line in told["lines"]:
+        written = [[spans(trace)[n - 1] for n in side] for trace, side in zip(two, line["sides"])]
+        assert {side[0][0] for side in written} == {start}
+        (start,) = {side[-1][1] for side in written}
+    assert start == count and [sum((line["sides"][k] for line in told["lines"]), []) for k in (
+        0, 1)] == [list(range(1, len(trace["rounds"]) + 1)) for trace in two]
+    assert len(told["seen"]) == told["said"] == count + 1
+    for t, step in enumerate(told["seen"]):
+        wrote = [i for trace in two for i, (a, b) in enumerate(spans(trace), 1) if a < t <= b]
+        assert step == {"ahead": count - t, "now": wrote,
+                        "arcs": sum(len(trace["rounds"]) for trace in two)}
+    assert told["ends"] == [0, *sorted({b for trace in two for _, b in spans(trace)} - {count})]
+
+
+POINT = """
+const words = () => [...document.querySelectorAll("#output b")];
+const tip = document.getElementById("tip"), box = document.getElementById("text");
+const read = () => tip.hidden ? null : {said: [...tip.querySelectorAll("p")].map(
+  p => p.textContent), alternatives: [...tip.querySelectorAll(".alt")].map(a => a.textContent)};
+const type = key => box.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+click("last");
+const hover = words().map(word => {
+  word.dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
+  return read();
+});
+const inside = tip.getBoundingClientRect().right <= innerWidth;
+document.querySelector("h1").dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));
+const left = read();
+click("first"); click("last"); box.focus();
+words().forEach(() => type("ArrowLeft"));
+const typed = words().map((_, i) => { if (i) type("ArrowRight"); return read(); });
+press("Escape");
+done({hover, typed, inside, left, escaped: read()});
+"""
+
+
+@in_browser
+@pytest.mark.parametrize("hash", ["#tree", "#kangaroo", "#kangaroo,tree"])
+def test_what_was_rejected_can_be_read_at_its_word(several, tmp_path, hash):
+    """Every drafted token that was not accepted is in the tip of one word, in its own round, by
+    hovering and by the arrow keys alike. Escape and leaving take the tip away."""
+    page, traces = several
+    told = browse(page, tmp_path, POINT, hash)
+    assert told["inside"] and told["left"] is told["escaped"] is None
+    two = [next(t for t in traces if t["drafter"] == name) for name in hash[1:].split(",")]
+    wanted = [[] for _ in told["hover"]]
+    for trace in two:
+        for r, (start, end) in zip(trace["rounds"], spans(trace)):
+            for node in range(1, len(r["drafted"]) + 1):
+                if node not in r["path"]:
+                    token = r["drafted"][node - 1]
+                    label = token["label"].replace("\n", "↵").strip(" ") or "·"
+                    sure = f"{label} {100 * token['confidence']:.0f}\u00a0%"
+                    wanted[min(start + depths(r)[node], end) - 1].append(sure)
+    assert any(wanted)
+    for found in (told["hover"], told["typed"]):
+        assert [sorted(tip["alternatives"]) for tip in found] == list(map(sorted, wanted))
+        for i, tip in enumerate(found):
+            rounds = [next(k for k, (a, b) in enumerate(spans(trace), 1) if a <= i < b)
+                      for trace in two]
+            assert [f"round {k}:" in said for k, said in zip(rounds, tip["said"])] == [True] * len(
+                two)
+
+
+@in_browser
+@pytest.mark.parametrize("hash, names, missing", [
+    ("", ["Kangaroo"], ""), ("#none", ["vanilla decoding"], ""), ("#sps", ["Kangaroo"], "sps"),
+    ("#none,tree", ["vanilla decoding", "Kangaroo with a tree"], ""),
+    ("#none%2Ckangaroo/7", ["vanilla decoding", "Kangaroo"], ""),
+    ("#medusa,none/round-2", ["vanilla decoding"], "medusa"),
+    ("#tree,tree", ["Kangaroo with a tree"], "")])
+def test_an_address_names_methods_and_a_place(several, tmp_path, hash, names, missing):
+    """Methods that a page does not have are named, and the others shown."""
+    told = browse(several[0], tmp_path, """
+        const name = id => document.getElementById(id).selectedOptions[0].textContent;
+        const pick = (id, value) => { const select = document.getElementById(id);
+          select.value = value; select.dispatchEvent(new Event("change")); };
+        const now = () => [name("left"), name("right")].filter(n => n !== "nothing");
+        const first = now(), where = text("where"), missing = text("missing");
+        pick("left", "tree"); pick("right", "none");
+        const two = now();
+        pick("left", "none");
+        done({first, where, missing, two, one: now(), heading: text("heading")});""", hash)
+    assert told["first"] == names and (missing in told["missing"]) and (
+        bool(missing) == bool(told["missing"]))
+    assert told["two"] == ["Kangaroo with a tree", "vanilla decoding"]
+    assert told["one"] == ["vanilla decoding"] and "vanilla decoding" in told["heading"]
+    place = {"/7": "7", "-2": "2"}.get(hash[-2:], "40" if "," in hash else "0")
+    assert told["where"].split(" ")[0] == ("0" if hash == "#tree,tree" else place)
+
+
+@in_browser
+def test_without_scripts_the_page_is_tables(several, tmp_path):
+    """A row a round and a table a method, with all drafted tokens; no controls that do nothing."""
+    page, traces = several
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub("<script>.*?</script>", "", text, flags=re.DOTALL), encoding="utf-8")
+    told = framed(page, tmp_path, """
+        const frame = document.createElement("iframe");
+        frame.sandbox = "allow-same-origin";  // and no scripts
+        frame.style.width = "360px";
+        frame.onload = () => {
+          const inside = frame.contentDocument, root = inside.documentElement;
+          const cells = row => [...row.cells].map(
+            cell => [...cell.querySelectorAll("b")].map(b => b.textContent));
+          done({fits: root.scrollWidth === root.clientWidth, tables: [...inside.querySelectorAll(
+              "table.plain")].map(table => [...table.tBodies[0].rows].map(cells)),
+            controls: [...inside.querySelectorAll("button, input, select")].filter(
+              control => control.getClientRects().length).length});
+        };
+        frame.srcdoc = page;
+        document.body.append(frame);""")
+    assert told["fits"] and told["controls"] == 0
+    for trace, table in zip(traces, told["tables"], strict=True):
+        for r, (_, accepted, others, own) in zip(trace["rounds"], table, strict=True):
+            said = [replay.visible(token["label"]) for token in r["committed"]]
+            assert accepted + own == said and len(accepted) == r["accepted"]
+            assert len(others) == len(r["drafted"]) - r["accepted"]
+
+
+AXE = Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js"
+
+
+@in_browser
+@pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: npm install --no-save axe-core")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_rules_of_accessibility(several, tmp_path, dark):
+    """axe-core finds nothing on a phone and on a desk, in any view, with a tip in it."""
+    told = framed(several[0], tmp_path, """
+        const check = async (width, hash) => {
+          const inside = await open(width, hash), root = inside.document.documentElement;
+          inside.document.querySelector("#output b").dispatchEvent(
+            new MouseEvent("mouseover", {bubbles: true}));
+          const fits = root.scrollWidth === root.clientWidth
+            && !inside.document.getElementById("tip").hidden;
+          const found = (await inside.axe.run()).violations.map(rule => ({
+            rule: rule.id, nodes: rule.nodes.map(
+              node => node.html.slice(0, 200) + " " + node.any.map(c => c.message).join())}));
+          inside.frameElement.remove();
+          return {width, hash, fits, found};
+        };
+        (async () => {
+          const checked = [];
+          for (const width of [360, 1280])
+            for (const hash of ["#kangaroo/8", "#tree/end", "#none/4", "#tree,none/20"])
+              checked.push(await check(width, hash));
+          done({checked});
+        })();""", head=f"<script>{AXE.read_text(encoding='utf-8')}</script>",
+        dark=dark, timeout=900)
+    assert len(told["checked"]) == 8
+    for view in told["checked"]:
+        assert view["fits"] and view["found"] == [], view
