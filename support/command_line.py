@@ -5,7 +5,6 @@
 Nothing of the algorithm.
 """
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from support.decoder import (
 )
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, add_trace
+from support.terminal import DIM, Screen
 
 DRAFTING = [name for name in DRAFTERS if name not in TREES.values()]  # the others --tree names
 
@@ -82,6 +82,8 @@ def make_parser():
          help="decode vanilla too: identical? (exit 1 if not), and the speedup")
     flag("--json", action="store_true",
          help="write a JSON object a prompt, and nothing else, to standard output")
+    flag("--show-drafts", action="store_true",
+         help="on a terminal: show drafted tokens, dim, until they are verified")
     option("--trace", "FILE", "write an HTML page that replays a decode, beside those it holds")
     flag("-h", "--help", action="help", help="show this text")
     return parser
@@ -100,6 +102,8 @@ def parse_arguments(argv):
              f"{', '.join(DRAFTING)}"),
             (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least "
              "1"),
+            (not (args.show_drafts and args.json),
+             "--show-drafts: shows text, leave out --json"),
             (args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
             (args.samples == 1 or args.temperature > 0,
              f"--samples {args.samples}: greedy decoding has one text, give --temperature too"),
@@ -212,11 +216,12 @@ def texts_wanted(args):
             for i, prompt in enumerate(prompts) for sample in range(args.samples)]
 
 
-def decode(decoder, args, prompt, ids, sampler, show, vanilla_first):
+def decode(decoder, args, prompt, ids, sampler, screen, vanilla_first):
     """What --json prints of one text."""
     compared = vanilla(decoder, ids, args, sampler) if args.compare and vanilla_first else {}
     options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
-                   show=show, **wanted(args))
+                   show=screen.show, drafting=screen.draft if screen.drafts else None,
+                   **wanted(args))
     if args.trace:
         recorder = Recorder(decoder, prompt, ids, options)
         result = recorder.decode()
@@ -239,25 +244,25 @@ def run(args):
     if args.model and decoder.template.note:
         print(decoder.template.note, file=sys.stderr)
     print(decoder.describe(args.drafter, settings), file=sys.stderr)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    green, dim, plain = ("\033[32m", "\033[2m", "\033[0m") if colour else ("", "", "")
-
-    def show(text, drafted):
-        if text and not args.json:
-            print(green + text + plain if drafted else text, end="", flush=True)
-
+    screen = Screen(args.show_drafts, silent=args.json)
     if args.compare:  # the first pass over a shape compiles kernels: nobody's fault
         for drafter in (args.drafter, "none"):
             list(decoder.rounds(all_ids[0], drafter, 8, texts[0][2]))
     results = []
     for i, ((prompt, sample, sampler), ids) in enumerate(zip(texts, all_ids)):
-        if not args.json and (decoder.chat == "none" or len(texts) > 1):
-            print(f"{dim}{prompt}{plain}", end="" if decoder.chat == "none" else "\n", flush=True)
+        if decoder.chat == "none" or len(texts) > 1:
+            screen.write(prompt, DIM)
+            screen.write("" if decoder.chat == "none" else "\n")
         # Neither is always second.
-        result = decode(decoder, args, prompt, ids, sampler, show, vanilla_first=i % 2)
+        try:
+            result = decode(decoder, args, prompt, ids, sampler, screen, vanilla_first=i % 2)
+        finally:
+            screen.wipe()
         results.append(result | {"sample": sample, "seed": sampler.seed})
         end = "" if i + 1 == len(texts) else "\n"
-        print(json.dumps(results[-1]) if args.json else end, flush=True)
+        screen.write(end + "\n")
+        if args.json:
+            print(json.dumps(results[-1]), flush=True)
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     if text := warning(results, decoder, args.drafter):
         print(text, file=sys.stderr)

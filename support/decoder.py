@@ -321,12 +321,14 @@ class Decoder:
                         width or self.width)
 
     def generate(self, prompt, drafter="kangaroo", max_new_tokens=128, sampler=None,
-                 show=lambda text, drafted: None, watch=lambda round_: None, **settings):
+                 show=lambda text, drafted: None, watch=lambda round_: None, drafting=None,
+                 **settings):
         """Decode a prompt: its text, or a list of ids. Returns (text, statistics).
 
         sampler: None is greedy. settings: steps, threshold, top_candidates, nodes. Statistics are
         what --json prints: ids, and for each round the numbers of tokens drafted and accepted.
-        While decoding, watch(round) is called, then show(text, whether it was drafted) a token.
+        While decoding, drafting(text) is called whenever the draft has grown; after a verification
+        watch(round), then show(text, whether it was drafted) a token.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
         settings = self.settings(drafter, **settings)
@@ -335,12 +337,20 @@ class Decoder:
                   "accepted": [], "seconds": 0.0}
         trees = result.setdefault("trees", []) if self.drafts_trees(drafter) else None
 
+        def begun(text):
+            # An answer begins with its first word.
+            return text if result["text"] or self.chat == "none" else text.lstrip()
+
         def put(text, drafted):
-            if not result["text"] and self.chat != "none":
-                text = text.lstrip()  # an answer begins with its first word
+            text = begun(text)
             result["text"] += text
             show(text, drafted)
 
+        if drafting:
+            drafter = watch_drafts(
+                self.drafter(drafter, sampler, settings),
+                lambda tokens: drafting(begun(stream.preview([
+                    token for token in tokens if token not in eos]))))
         rounds = self.rounds(ids, drafter, max_new_tokens, sampler, settings=settings)
         for round_, seconds in timed(rounds):
             draft = round_.draft
@@ -358,6 +368,34 @@ class Decoder:
                     put(stream.push(token), i < round_.accepted)
         put(stream.flush(), False)
         return result["text"], result
+
+
+def watch_drafts(drafter, saw):
+    """Have saw(tokens) called whenever the draft has grown; returns the drafter.
+
+    A drafter that proposes tokens one by one is seen doing so. Of a tree, each node's first child.
+    """
+    draft, propose, tokens = drafter.draft, getattr(drafter, "propose", None), []
+
+    def watched_draft(*arguments):
+        tokens.clear()
+        result, path, node = draft(*arguments), [], 0
+        while node in result.parents:
+            node = 1 + result.parents.index(node)
+            path.append(result.tokens[node - 1])
+        saw(path)
+        return result
+
+    def watched_propose(*arguments):
+        found = propose(*arguments)
+        tokens.append(found[0])
+        saw(tokens)
+        return found
+
+    drafter.draft = watched_draft
+    if propose:
+        drafter.propose = watched_propose
+    return drafter
 
 
 def seed_of(seed, prompt, sample=0):

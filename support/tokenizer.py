@@ -326,6 +326,11 @@ class TextStream:
         self.ids.append(token)
         return self.flush(wait=True)
 
+    def preview(self, tokens):
+        """The text that tokens would add to what has been shown."""
+        before = self.decode(self.ids[self.window:self.shown])
+        return self.decode([*self.ids[self.window:], *tokens])[len(before):]
+
     def flush(self, wait=False):
         """The text not shown yet, whether or not its last character is complete."""
         before = self.decode(self.ids[self.window:self.shown])
