@@ -2,11 +2,12 @@
 experiment runs."""
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from support import replay
-from support.decoder import DRAFTERS
+from support.decoder import DRAFTERS, load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,6 +102,31 @@ def test_the_pictures_are_self_contained():
         text = path.read_text(encoding="utf-8")
         assert "<title" in text
         assert not re.search(r"<script|href|url\((?!#)|@import|@font-face", text), path
+
+
+def test_the_recording_shows_both_texts(monkeypatch):
+    """docs/record.py: what is seen at the end is the text, in both panes and without overlaps;
+    times go up. The committed picture is small enough for a front page."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import record
+
+    decoder = load(device="cpu")
+    ids = decoder.encode("Once upon a time")
+    runs = record.recorded(decoder, ids, 24, 1)
+    text = decoder.tokenizer.decode(
+        ids + [token for round_ in runs["none"] for token in round_.tokens])
+    for rounds in runs.values():
+        found, _ = record.pieces(decoder, ids, rounds)
+        seen = sorted((p.row, p.column, p.text) for p in found if p.kind != "draft")
+        assert "".join(word for *_, word in seen) == "".join(text.split())
+        assert all(a[0] < b[0] or a[1] + len(a[2]) <= b[1] for a, b in zip(seen, seen[1:]))
+        drafts = [p for p in found if p.kind == "draft"]
+        assert bool(drafts) == (rounds is runs["kangaroo"])
+        assert all(0 < p.start < p.end for p in drafts)
+        assert all(p.column + len(p.text) <= record.COLUMNS for p in found)
+    picture = ElementTree.fromstring(record.draw(decoder, ids, runs))
+    assert len(picture.findall(".//{*}title")) == 1
+    assert (ROOT / "docs" / "race.svg").stat().st_size < 300_000
 
 
 def test_the_example_page_is_of_today():
