@@ -118,7 +118,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
     while len(ids) < end:
         start = len(ids) - 1  # the position of the last committed token, which has not been run yet
         # Near the end of a block of the cache a draft is shorter, or empty: it must not cross.
-        n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width))
+        n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width, cache.rows.device))
         draft = drafter.draft(ids, n_max, cache)
         # Verify: the remaining layers, in one pass over the last committed token and all drafted.
         x = one_shape(draft.hidden, start, cache, width, draft.parents)

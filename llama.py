@@ -80,7 +80,7 @@ class KVCache:
     0 × NaN is NaN. Position comes before the heads, so that neither the strides nor the bits of a
     view depend on how much memory lies behind it.
     """
-    BLOCK = 64  # a view grows by this many positions
+    BLOCK = {"cpu": 64, "cuda": 256}  # a view grows by so many positions
 
     def __init__(self, rows, length, by_layer=None):
         self.rows = rows      # (2, layers, 1, positions, kv_heads, head_dim), keys and values
@@ -91,16 +91,22 @@ class KVCache:
     @classmethod
     def zeros(cls, config, n_layers, length, like):
         """Room for `length` positions, in whole blocks, with the dtype and device of `like`."""
-        length = -(-length // cls.BLOCK) * cls.BLOCK
+        length = cls.in_view(length, like.device)
         shape = 2, n_layers, 1, length, config.num_key_value_heads, config.head_dim
         return cls(like.new_zeros(shape), length)
+
+    @classmethod
+    def in_view(cls, end, device):
+        """How many positions the blocks have that cover positions 0 … end − 1."""
+        block = cls.BLOCK[device.type]
+        return -(-end // block) * block
 
     def view(self, end):
         """The blocks that cover positions 0 … end − 1, sharing memory.
 
         Attention costs what is in view, not what there is room for.
         """
-        return KVCache(self.rows, -(-end // self.BLOCK) * self.BLOCK, (self.k, self.v))
+        return KVCache(self.rows, self.in_view(end, self.rows.device), (self.k, self.v))
 
     def keep(self, start, path):
         """After a step whose node i stands at row start + i: move the rows of the nodes `path` to
@@ -117,6 +123,7 @@ class KVCache:
 
 
 CHAIN_WIDTH = 8  # steps of at most so many rows hold a chain, and use PyTorch's fused attention
+MAX_WIDTH = 64   # a step of more rows might not fit in a block of the cache
 
 
 def one_shape(x, start, cache, width, parents=None):
@@ -152,12 +159,12 @@ def one_shape(x, start, cache, width, parents=None):
     return x, to_device(depth, x.device) + start, view
 
 
-def room_for_draft(start, width):
+def room_for_draft(start, width, device):
     """How many tokens a draft behind position `start` may have, 0 … width − 1.
 
     Each row must see the view that it would have alone, so a draft may not cross a block's end.
     """
-    return min(width - 1, -(start + width) % KVCache.BLOCK)
+    return min(width - 1, -(start + width) % KVCache.BLOCK[device.type])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,7 +289,7 @@ def attend_in_order(q, k, v, rows):
     one product. Vanilla decoding at a width above 8 does the same, with slots that are positions.
     """
     (_, T, H, D), (_, S, K, _) = q.shape, k.shape
-    shared = max(0, S - KVCache.BLOCK - T)
+    shared = max(0, S - KVCache.BLOCK[k.device.type] - T)
     # (K, T, G, D): the G heads of a group share keys and values.
     q = (q * D ** -0.5).view(T, K, H // K, D).transpose(0, 1)
     scores = (q.reshape(K, -1, D) @ k[0].permute(1, 2, 0)).view(K, T, -1, S)
@@ -533,13 +540,15 @@ def rows_are_alike(model, width, start=None):
     × width + 2 steps of two layers; on a GPU, where attention may run another kernel over a long
     view than over a short one, twice that.
     """
+    device = model.norm.weight.device
     if start is None:
-        first = (1 - width) % KVCache.BLOCK  # from here on there is room for a whole draft
-        starts = (first, first + 32 * KVCache.BLOCK) if model.norm.weight.is_cuda else (first,)
+        block = KVCache.BLOCK[device.type]
+        first = (1 - width) % block  # from here on there is room for a whole draft
+        starts = (first, first + 8 * block) if device.type == "cuda" else (first,)
         return all(rows_are_alike(model, width, start) for start in starts)
     depth = min(2, len(model.layers))
     generator = torch.Generator().manual_seed(0)
-    assert room_for_draft(start, width) == width - 1
+    assert room_for_draft(start, width, device) == width - 1
     before = KVCache.zeros(model.config, depth, start + 2 * width, model.norm.weight)
     before.rows.copy_(torch.randn(before.rows.shape, generator=generator))
     x = model.embed(torch.randint(model.config.vocab_size, (width,), generator=generator).tolist())

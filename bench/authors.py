@@ -125,7 +125,8 @@ def theirs(args, folder, model, prompts):
 
 def beside(name, args, model, adapter, prompts):
     """Print how many ids and rounds are equal; returns whether all are."""
-    KVCache.BLOCK = model.config.max_position_embeddings  # or our drafts would end with a block
+    # Or our drafts would end with a block.
+    KVCache.BLOCK = {"cpu": model.config.max_position_embeddings}
     with tempfile.TemporaryDirectory() as folder:
         write_for_both(Path(folder), model, adapter)
         expected = theirs(args, Path(folder), model, prompts)

@@ -286,7 +286,7 @@ def run(args):
     lines = args.prompts.read_text(encoding="utf-8").splitlines()[:args.limit]
     prompts = [tokenizer.encode(line) for line in lines]
     # One block, or our drafts would end with each.
-    KVCache.BLOCK = max(map(len, prompts)) + 2 * args.new_tokens + 512
+    KVCache.BLOCK = {"cpu": max(map(len, prompts)) + 2 * args.new_tokens + 512}
     same = []
     with tempfile.TemporaryDirectory() as folder:
         write_model_bin(Path(folder) / "model", model)

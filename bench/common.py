@@ -25,7 +25,7 @@ import torch
 from kangaroo import NoDrafter, generate, in_chunks
 from llama import (
     CHAIN_WIDTH,
-    KVCache,
+    MAX_WIDTH,
     Llama,
     Sampler,
     UserError,
@@ -70,9 +70,9 @@ def parser_for(doc, **defaults):
 
 
 def refuse_tree_width(args):
-    if args.tree and not CHAIN_WIDTH < args.width <= KVCache.BLOCK:
+    if args.tree and not CHAIN_WIDTH < args.width <= MAX_WIDTH:
         raise UserError(f"--width {args.width}: must be above {CHAIN_WIDTH} and at most "
-                        f"{KVCache.BLOCK} for --tree")
+                        f"{MAX_WIDTH} for --tree")
 
 
 class Asked(NamedTuple):
@@ -305,7 +305,7 @@ def drafts_everywhere(decoder, ids, output, sampler=None):
     if observes and len(ids) > 1:
         drafter.observe(in_chunks(layers, h, cache), ids[1:], list(range(1, len(ids) - 1)))
     for i in range(len(output)):
-        n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, width))
+        n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, width, decoder.device))
         draft = drafter.draft(ids + output[:i], n_max, cache)
         drafts.append((draft.tokens, draft.confidence))
         if observes:  # the verification, of the last committed token alone

@@ -45,7 +45,7 @@ from bench.common import (
 )
 from drafters.tree import TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, generate
-from llama import KVCache, Sampler, UserError
+from llama import MAX_WIDTH, Sampler, UserError
 from support.decoder import Decoder, Settings, load
 from support.program import refuse_below_one, run_program
 
@@ -352,8 +352,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     refuse_below_one(args, "new_tokens", "repeats", "each", "longest")
     for width in args.widths:
-        if not 1 <= width <= KVCache.BLOCK:
-            raise UserError(f"--widths {width}: must be from 1 to {KVCache.BLOCK}")
+        if not 1 <= width <= MAX_WIDTH:
+            raise UserError(f"--widths {width}: must be from 1 to {MAX_WIDTH}")
     if args.prompts and not args.adapter:
         raise UserError("--prompts: compares with Kangaroo, give --adapter DIR too")
     refuse_tree_width(args)

@@ -69,7 +69,8 @@ class SpsDrafter(NoDrafter):
         that it has alone. Returns (1, vocab_size), of the target's vocabulary.
         """
         while self.seen < len(ids):
-            new = ids[self.seen:self.seen + 1 + room_for_draft(self.seen, self.width)]
+            room = room_for_draft(self.seen, self.width, self.cache.rows.device)
+            new = ids[self.seen:self.seen + 1 + room]
             h = self.run(*one_shape(self.read(new), self.seen, self.cache, self.width))
             self.seen += len(new)
         logits = self.draft_model.logits(h)[0, len(new) - 1:len(new)]

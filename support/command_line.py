@@ -12,7 +12,7 @@ from pathlib import Path
 from drafters.lookahead import LOOKAHEAD_WIDTH
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
-from llama import CHAIN_WIDTH, KVCache, Sampler, UserError
+from llama import CHAIN_WIDTH, MAX_WIDTH, Sampler, UserError
 from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import (
@@ -108,7 +108,7 @@ def parse_arguments(argv):
             (args.samples == 1 or args.temperature > 0,
              f"--samples {args.samples}: greedy decoding has one text, give --temperature too"),
             (args.width >= 1, f"--width {args.width}: must be at least 1"),
-            (args.width <= KVCache.BLOCK, f"--width {args.width}: must be at most {KVCache.BLOCK}"),
+            (args.width <= MAX_WIDTH, f"--width {args.width}: must be at most {MAX_WIDTH}"),
             (trace is None or trace.parent.is_dir() and not trace.is_dir(),
              f"--trace {trace}: must be a file, in a folder that exists"),
             (args.width > 1 or args.drafter == "none",

@@ -26,7 +26,7 @@ from drafters.rest import REST_STEPS, RestDrafter
 from drafters.sps import SPS_THRESHOLD, SpsDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
-from llama import CHAIN_WIDTH, KVCache, UserError, pack, rows_are_alike
+from llama import CHAIN_WIDTH, MAX_WIDTH, UserError, pack, rows_are_alike
 from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_adapter, load_heads, load_llama, read_config
 from support.datastore import read_datastore
@@ -94,8 +94,8 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
                         "*.safetensors or pytorch_model*.bin")
-    if not 1 <= width <= KVCache.BLOCK:
-        raise UserError(f"--width {width}: must be from 1 to {KVCache.BLOCK}")
+    if not 1 <= width <= MAX_WIDTH:
+        raise UserError(f"--width {width}: must be from 1 to {MAX_WIDTH}")
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
     tokenizer = Tokenizer(folder, read_config(folder))

@@ -216,9 +216,10 @@ class GraphedLlama:
 
     def describe(self, first, last):
         """In words, for steps that start at positions `first` … `last`."""
-        first, last = (-(-(start + max(self.widths)) // KVCache.BLOCK) * KVCache.BLOCK
-                       for start in (first, last))
-        views = f"{first}" if first == last else f"{first}, {first + KVCache.BLOCK} … {last}"
+        device = self.model.norm.weight.device
+        first, last = (KVCache.in_view(start + max(self.widths), device) for start in (first, last))
+        second = first + KVCache.BLOCK[device.type]
+        views = f"{first}" if first == last else f"{first}, {second} … {last}"
         return f"CUDA graphs for views of {views} positions, recorded at first use"
 
 

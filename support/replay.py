@@ -115,7 +115,7 @@ class Recorder:
         Kangaroo's drafters go on while they find a node that is sure and less deep than the limits
         of `generate`: so a sure node at a limit, or unsure ones alone, or no more room.
         """
-        room = room_for_draft(len(self.ids) - 1, self.decoder.width)
+        room = room_for_draft(len(self.ids) - 1, self.decoder.width, self.decoder.device)
         limits = {"full": self.settings.steps, "edge": room, "end": self.end - len(self.ids) - 1}
         unsure = [p <= self.settings.threshold for p in draft.confidence]
         unsure = unsure or [False] * len(draft.tokens)

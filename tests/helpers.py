@@ -134,7 +134,7 @@ def datastore(documents):
 @contextmanager
 def block(size):
     """KV-cache views that grow by `size` positions, so that short texts cross many edges."""
-    before, KVCache.BLOCK = KVCache.BLOCK, size
+    before, KVCache.BLOCK = KVCache.BLOCK, dict.fromkeys(KVCache.BLOCK, size)
     try:
         yield
     finally:

@@ -39,12 +39,13 @@ MUTATIONS = [  # what is wrong, file, line as it is, line as it becomes
      "    first = 0 if parents is None else 1 + len(parents) - x.shape[1]\n"
      "    width = width if x.shape[1] > 1 else 1\n"),
     ("a draft crosses the edge of a view", "llama.py",
-     "return min(width - 1, -(start + width) % KVCache.BLOCK)", "return width - 1"),
+     "return min(width - 1, -(start + width) % KVCache.BLOCK[device.type])",
+     "return width - 1"),
     ("the view depends on the live rows", "llama.py",
      "cache.view(start + width)", "cache.view(start + 1 + len(parents or []))"),
     ("a draft of one token too many at the end", "kangaroo.py",
-     "min(steps, end - len(ids) - 1, room_for_draft(start, width))",
-     "min(steps, end - len(ids), room_for_draft(start, width))"),
+     "min(steps, end - len(ids) - 1, room_for_draft(start, width, cache.rows.device))",
+     "min(steps, end - len(ids), room_for_draft(start, width, cache.rows.device))"),
     ("the unsure token is not verified", "kangaroo.py",
      "return Draft(tokens, self.states[:, start:position + 1], confidence)",
      "n = len(tokens) - bool(unsure)\n"
@@ -79,8 +80,8 @@ TREE_MUTATIONS = [
      "slots = positions if cache is None or cache.slots is None else cache.slots\n"
      "        angle = slots[:, None].float()"),
     ("values are summed in the order of slots", "llama.py",
-     "    shared = max(0, S - KVCache.BLOCK - T)\n",
-     "    shared = max(0, S - KVCache.BLOCK - T)\n"
+     "    shared = max(0, S - KVCache.BLOCK[k.device.type] - T)\n",
+     "    shared = max(0, S - KVCache.BLOCK[k.device.type] - T)\n"
      "    mask = torch.full_like(rows.mask, -math.inf)\n"
      "    mask.scatter_reduce_(1, rows.columns, rows.mask, 'amax')\n"
      "    columns = torch.arange(S, device=q.device).expand(T, S)\n"
@@ -117,7 +118,7 @@ METHOD_MUTATIONS = [
     ("the draft model's noise keyed by draft index", SPS,
      "self.sampler.choose(logits, len(ids))", "self.sampler.choose(logits, 0)"),
     ("a step of the draft model crosses the edge of a view", SPS,
-     "1 + room_for_draft(self.seen, self.width)", "self.width"),
+     "self.seen + 1 + room]", "self.seen + self.width]"),
     ("the draft model's padding is drafted", SPS,
      "return F.pad(logits, (0, more), value=-math.inf)", "return logits"),
     ("the draft model goes on beyond its context", SPS,

@@ -201,8 +201,8 @@ def test_a_drafted_row_has_the_view_that_it_would_have_alone(start, width, live,
     """Shapes depend on the position, never on how many rows are live. Seen here even where a kernel
     forgives it."""
     with block(size):
-        cache, x = KVCache.zeros(TINY, 1, 1000, torch.zeros(
-            ())), torch.zeros(1, 1 + min(live, room_for_draft(start, width)), 32)
+        cache = KVCache.zeros(TINY, 1, 1000, torch.zeros(()))
+        x = torch.zeros(1, 1 + min(live, room_for_draft(start, width, cache.rows.device)), 32)
         together, _, view = one_shape(x, start, cache, width)
         assert 0 <= view.length - (
             start + width) < size  # attention costs the context so far, not the budget
