@@ -119,10 +119,13 @@ def measure(decoder, prompts, args):
     The seconds are those of a vanilla step, a draft step and a verification.
     """
     sampler, grid, tables, times = Sampler(args.temperature, seed=2), settings_to_try(args), [], []
+    drafter = "tree" if args.tree else "kangaroo"
+    for settings in {s.top_candidates: s for s in grid}.values():
+        decoder.warm_up(prompts, args.new_tokens, [("none", None), (drafter, None)], sampler,
+                        settings)
 
     def real(ids, settings):
-        found = decode(decoder, ids, "tree" if args.tree else "kangaroo", args.new_tokens, sampler,
-                       settings)
+        found = decode(decoder, ids, drafter, args.new_tokens, sampler, settings)
         times.append((vanilla.rest, found.step, found.rest))
         depths = sum(max(r.draft.levels()) for r in found.rounds)
         return len(found.tokens), len(found.rounds), depths
@@ -165,7 +168,7 @@ def choose_methods(args):
         for i, found in enumerate(GRIDS[name]):
             methods.add(f"{name} {i}", name, found)
     questions = pick(args.prompts, args.each, args.skip)
-    methods.answers(["Hello"], 1, 8)  # the first pass over a shape compiles kernels
+    methods.warm_up([question.turns[:1] for question in questions], args.new_tokens)
     turns = [methods.answers(question.turns[:1], question.line, args.new_tokens)[0]
              for question in progress(questions)]
     fastest, best = fastest_of(turns), {}
@@ -187,7 +190,7 @@ def choose_methods(args):
 
 def choose(args):
     """The best settings at args.width: (tokens a second, width, their key); prints the table."""
-    decoder = load(args.model, args.adapter, args.device, args.dtype, args.width, graphs=False)
+    decoder = load(args.model, args.adapter, args.device, args.dtype, args.width)
     questions = pick(args.prompts, args.each, args.skip)
     prompts = [ids_of(decoder, question, args.longest) for question in questions]
     counts, (step, draft, verify) = measure(decoder, prompts, args)

@@ -89,6 +89,12 @@ class Asked(NamedTuple):
         return self.decoder.rounds(ids, drafter, self.new_tokens, self.sampler, width,
                                    self.settings)
 
+    def warm_up(self, prompts, drafters):
+        """As `Decoder.warm_up`; drafters as `rounds` has them."""
+        drafters = [self.drafter if drafter == "kangaroo" else drafter for drafter in drafters]
+        self.decoder.warm_up(prompts, self.new_tokens, [(drafter, None) for drafter in drafters],
+                             self.sampler, self.settings)
+
     def describe(self):
         return self.decoder.describe(self.drafter, self.settings)
 
@@ -274,8 +280,13 @@ def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width
     drafter = decoder.drafter(drafter, sampler, settings) if named else drafter
     draft = drafter.draft
 
+    def drafted(*arguments):
+        result = draft(*arguments)
+        synchronize(decoder.device)  # the last token's layers are drafting too
+        return result
+
     def watched(*arguments):
-        result, seconds = stopwatch(draft, *arguments)
+        result, seconds = stopwatch(drafted, *arguments)
         drafting.append(seconds)
         return result
 

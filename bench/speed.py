@@ -31,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import (
     NEEDED,
+    copy_bandwidth,
     decode,
     dtype_name,
     ids_of,
@@ -46,7 +47,7 @@ from bench.common import (
 from drafters.tree import TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, generate
 from llama import MAX_WIDTH, Sampler, UserError
-from support.decoder import Decoder, Settings, load
+from support.decoder import Decoder, Settings, load, pick_device_and_dtype
 from support.program import refuse_below_one, run_program
 
 PROMPT = (
@@ -61,25 +62,22 @@ PROMPT = (
 
 def load_for(args, width):
     """A decoder with weights packed for steps of this width."""
-    return load(args.model, args.adapter or False, args.device, args.dtype, width, graphs=False)
+    return load(args.model, args.adapter or False, args.device, args.dtype, width)
 
 
 # --------------------------------------------------------------------------------------------------
 # One prompt
 
-def peak_memory():
-    """The most resident memory this process has ever had, in MB."""
+def peak_memory(device):
+    """The most memory that this process has ever had, in MB: resident, or given out by a GPU."""
+    if device.type == "cuda":  # PyTorch's allocator keeps what it once had
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 1e6
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
-
-
-def read_bandwidth():
-    """Bytes per second of one pass over 256 MB, best of 5."""
-    data = torch.ones(64 * 1024 * 1024)
-    return data.nbytes / min(stopwatch(data.sum)[1] for _ in range(5))
 
 
 def ours(decoder, prompt, n, drafter="none", width=None):
@@ -115,28 +113,30 @@ def one_prompt(args):
         raise UserError(f"--new-tokens {args.new_tokens}: the context has room for "
                         f"{context - len(prompt)} behind the prompt")
     if args.memory:
+        decoder.make_room([prompt], args.new_tokens)
         ours(decoder, prompt, args.new_tokens)
-        print(peak_memory())
+        print(peak_memory(decoder.device))
         return
+    decoder.make_room([prompt], args.new_tokens)
     methods = {"vanilla, width 1": partial(ours, decoder, prompt, width=1)}
     for width in args.widths:
         wide = decoder if width == WIDTH else load_for(args, width)
+        wide.make_room([prompt], args.new_tokens)
         methods[f"vanilla, one shape (width {width})"] = partial(ours, wide, prompt)
     if args.adapter:
         methods["Kangaroo"] = partial(ours, decoder, prompt, drafter="kangaroo")
     methods |= theirs(args, decoder, prompt)
     compare(args, decoder, prompt, methods)
-    if decoder.device.type == "cpu":
-        print_memory(args, decoder, prompt)
+    print_memory(args, decoder, prompt)
 
 
 def compare(args, decoder, prompt, methods):
     """Run all methods, interleaved, and print a line for each."""
     for method in methods.values():
-        method(n=8)  # the first pass over a shape compiles kernels
+        method(n=args.new_tokens)  # the first pass over a shape compiles kernels, or records them
     seconds, tokens, bandwidth = {name: [] for name in methods}, {}, []
     for _ in range(args.repeats):
-        bandwidth.append(read_bandwidth())
+        bandwidth.append(copy_bandwidth(decoder.device, 2 ** 28))
         for name, method in methods.items():
             tokens[name], spent = stopwatch(partial(method, n=args.new_tokens))
             seconds[name].append(spent)
@@ -153,22 +153,26 @@ def compare(args, decoder, prompt, methods):
         print(f"{name:32} {1 / each:9.1f} {each * 1e3:9.1f} {ratio:10.2f} "
               f"{weights / bandwidth / each:16.2f}")
     print(f"bandwidth share = {weights / 1e6:.0f} MB of weights ÷ {bandwidth / 1e9:.1f} GB/s "
-          "(measured reads) ÷ seconds a token")
+          "(a measured copy) ÷ seconds a token")
     names = [name for name in methods if f"(width {WIDTH})" in name or name == "Kangaroo"]
     if len(names) == 2:
         print(f"Kangaroo's tokens equal vanilla's: {tokens[names[0]] == tokens[names[1]]}")
 
 
 def print_memory(args, decoder, prompt):
-    """One line: what the peak memory of a process that only decodes is made of, in MB."""
+    """One line: what the peak memory of a process that only decodes is made of, in MB.
+
+    On a GPU all processes count, this one too, so what they have is named first.
+    """
     this = [sys.executable, __file__, "--model", args.model, "--dtype", dtype_name(decoder.dtype),
-            "--new-tokens", str(args.new_tokens), "--memory"]
+            "--device", str(decoder.device), "--new-tokens", str(args.new_tokens), "--memory"]
     base, peak = (float(subprocess.run([*this, what], capture_output=True, text=True,
                                        check=True).stdout) for what in ("nothing", "decode"))
     weights = sum(p.nbytes for p in weights_of(decoder.model)) / 1e6
     cache = decoder.model.new_cache(len(prompt) + args.new_tokens + WIDTH).rows.nbytes / 1e6
-    print(f"peak memory {peak:.0f} MB = {base:.0f} Python and torch + {weights:.0f} weights + "
-          f"{cache:.0f} cache + {peak - base - weights - cache:.0f} other")
+    first = "before" if decoder.device.type == "cuda" else "Python and torch"
+    print(f"peak memory {peak:.0f} MB = {base:.0f} {first} + {weights:.0f} weights + {cache:.0f} "
+          f"cache + {peak - base - weights - cache:.0f} other")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,8 +228,6 @@ def figures_of(runs, vanilla):
 
 def measure(methods, prompts, args, sampler):
     """[{method: figures}] of each prompt."""
-    for method in methods.values():  # the first pass over a shape compiles kernels
-        method.decode(prompts[0][:40], args.new_tokens, sampler)
     figures = []
     for i, ids in enumerate(progress(prompts)):
         runs = {name: [] for name in methods}
@@ -305,6 +307,8 @@ def many_prompts(args):
     decoder, drafting = methods["Kangaroo"].decoder, ["Kangaroo", "tree"][:1 + args.tree]
     questions = pick(args.prompts, args.each, args.skip)
     prompts = [ids_of(decoder, question, args.longest) for question in questions]
+    for method in methods.values():
+        method.decoder.warm_up(prompts, args.new_tokens, [(method.drafter, method.width)], sampler)
     figures = measure(methods, prompts, args, sampler)
     total = {name: {key: sum(f[name][key] for f in figures) for key in figures[0][name]}
              for name in methods}
@@ -318,7 +322,9 @@ def many_prompts(args):
     print(f"fastest vanilla: {fastest} · tokens/s, prefill included: {speeds}")
     for name in drafting:
         print_rounds(name, total[name], total[methods[name].vanilla])
-    print_parts(methods["Kangaroo"], prompts[::max(1, len(prompts) // 6)], args.new_tokens, sampler)
+    if not decoder.graphed:  # a replay has no parts that Python sees
+        print_parts(methods["Kangaroo"], prompts[::max(1, len(prompts) // 6)], args.new_tokens,
+                    sampler)
     if args.tree:
         rate = {name: total[name]["tokens"] / total[name]["rounds"] for name in drafting}
         faster = statistics.median(each(f["Kangaroo"]) / each(f["tree"]) for f in figures)
@@ -363,7 +369,9 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     if args.memory == "nothing":
-        print(peak_memory())
+        device, _ = pick_device_and_dtype(args.device, args.dtype)
+        torch.zeros(1, device=device)
+        print(peak_memory(device))
     elif args.prompts:
         many_prompts(args)
     else:

@@ -245,9 +245,9 @@ def run(args):
         print(decoder.template.note, file=sys.stderr)
     print(decoder.describe(args.drafter, settings), file=sys.stderr)
     screen = Screen(args.show_drafts, silent=args.json)
-    if args.compare:  # the first pass over a shape compiles kernels: nobody's fault
-        for drafter in (args.drafter, "none"):
-            list(decoder.rounds(all_ids[0], drafter, 8, texts[0][2]))
+    if args.compare:
+        methods = (args.drafter, None), ("none", None)
+        decoder.warm_up(all_ids, args.max_new_tokens, methods, texts[0][2], settings)
     results = []
     for i, ((prompt, sample, sampler), ids) in enumerate(zip(texts, all_ids)):
         if decoder.chat == "none" or len(texts) > 1:

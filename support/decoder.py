@@ -169,7 +169,8 @@ class Decoder:
 
     def use_graphs(self, record=None):
         """Replay the decode steps from here on; `record` as in `graphs.Graphs`."""
-        self.graphed, self.model = True, GraphedLlama(self.model, (self.width,), record)
+        # Steps of one row are what speeds are compared with.
+        self.graphed, self.model = True, GraphedLlama(self.model, (1, self.width), record)
         self.adapter = self.adapter and GraphedAdapter(self.adapter, self.model)
         if self.draft_model:
             self.draft_model = GraphedLlama(self.draft_model, (self.width,), record)
@@ -273,16 +274,33 @@ class Decoder:
     def make_room(self, prompts, max_new_tokens):
         """Before decoding these lists of ids with graphs: room in the caches for the longest.
 
-        So it need not be made twice, and nothing recorded twice.
+        So it need not be made twice, and nothing recorded twice. Returns positions where steps will
+        start, one for each view of the cache.
         """
-        if self.graphed:
-            context = self.model.config.max_position_embeddings
-            ends = [min(len(ids) + max_new_tokens, context) for ids in prompts]
-            self.model.room = max(ends) + 2 * self.width
-            if self.draft_model:
-                self.draft_model.room = self.model.room
-            views = self.model.describe(min(map(len, prompts)) - 1, max(ends) - 2)
-            self.room = f" · {views}"
+        first = min(map(len, prompts)) - 1
+        if not self.graphed:
+            return [first]
+        context = self.model.config.max_position_embeddings
+        end = min(max(map(len, prompts)) + max_new_tokens, context)
+        self.model.room = end + 2 * self.width
+        if self.draft_model:
+            self.draft_model.room = self.model.room
+        steps = first, max(first, end - 2)
+        self.room = f" · {self.model.describe(*steps)}"
+        return self.model.starts(*steps)
+
+    def warm_up(self, prompts, max_new_tokens, methods, sampler=None, settings=None):
+        """Before these lists of ids are decoded and timed: all that happens only once.
+
+        The first pass over a shape compiles kernels, and with graphs the first in a view of the
+        cache is recorded. So each of `methods`, pairs of a drafter and the rows of a step as
+        `rounds` takes them, decodes a round in every view that the texts reach.
+        """
+        for start in self.make_room(prompts, max_new_tokens):
+            text = prompts[0] * (1 + start // len(prompts[0]))
+            for drafter, width in methods:
+                next(self.rounds(text[:start + 1], drafter, self.width + 1, sampler, width,
+                                 settings))
 
     def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
         """A drafter for one text, by its name in DRAFTERS."""

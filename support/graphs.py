@@ -162,8 +162,8 @@ class GraphedLlama:
     """
 
     def __init__(self, model, widths, record=None):
-        self.model, self.widths = model, widths
-        self.graphs = Graphs(record or CudaRecorder(model.norm.weight.device))
+        self.model, self.widths, self.device = model, widths, model.norm.weight.device
+        self.graphs = Graphs(record or CudaRecorder(self.device))
         self.room = 0     # positions that a KV cache has room for: growing means recording anew
         self.memory = {}  # by config: the KV cache that recordings know
         self.lent = {}    # by config: a weak reference to the view of it that the last text got
@@ -214,12 +214,21 @@ class GraphedLlama:
         model = self.model  # a recording must not know this object, which keeps it: a cycle
         return self.graphs.run(("logits", tuple(x.shape)), lambda x: (model.logits(x),), x)[0]
 
+    def views(self, first, last):
+        """The lengths of the views of steps that start at positions `first` … `last`."""
+        first, last = (KVCache.in_view(start + max(self.widths), self.device)
+                       for start in (first, last))
+        return range(first, last + 1, KVCache.BLOCK[self.device.type])
+
+    def starts(self, first, last):
+        """Of these positions one for each view, with room for a whole draft if there is such."""
+        views = self.views(first, last)
+        return [max(first, view - views.step - max(self.widths) + 1) for view in views]
+
     def describe(self, first, last):
         """In words, for steps that start at positions `first` … `last`."""
-        device = self.model.norm.weight.device
-        first, last = (KVCache.in_view(start + max(self.widths), device) for start in (first, last))
-        second = first + KVCache.BLOCK[device.type]
-        views = f"{first}" if first == last else f"{first}, {second} … {last}"
+        first, *more = self.views(first, last)
+        views = f"{first}, {more[0]} … {more[-1]}" if more else f"{first}"
         return f"CUDA graphs for views of {views} positions, recorded at first use"
 
 
