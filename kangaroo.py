@@ -60,8 +60,9 @@ class Draft:
 
     In a chain the parent of each node is the one before; in a tree, any one before.
     """
-    tokens: list          # n ids
-    hidden: torch.Tensor  # (1, 1 + n, hidden_size): the nodes' states before layer `drafter.depth`
+    tokens: list  # n ids
+    # (1, 1 + n, hidden_size): the nodes' states before layer `drafter.depth`; at 0 not needed
+    hidden: torch.Tensor = None
     confidence: list = field(default_factory=list)  # how sure it was of each; n numbers, or none
     parents: list = None  # of the nodes 1 … n; None: a chain
 
@@ -121,8 +122,8 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width, cache.rows.device))
         draft = drafter.draft(ids, n_max, cache)
         # Verify: the remaining layers, in one pass over the last committed token and all drafted.
-        x = one_shape(draft.hidden, start, cache, width, draft.parents)
-        h = model.run_layers(*x, drafter.depth, n_layers)
+        x = ids[-1:] + draft.tokens if draft.hidden is None else draft.hidden
+        h = model.step(x, start, cache, width, drafter.depth, n_layers, draft.parents)
         logits = model.logits(h)[0, :len(draft.tokens) + 1]
         choices = sampler.choose(logits, start + 1, draft.levels())  # what it says after each node
         finite = logits.isfinite().all(-1)
@@ -146,7 +147,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
 def refuse_nonfinite(finite, model, ids, drafter, draft):
     """UserError naming whose NaN or infinity it is: the target's, whose text would be nonsense, or
     the drafter's, which would draft in vain."""
-    why = f"damaged weights, or too large for {draft.hidden.dtype} (see --dtype)"
+    why = f"damaged weights, or too large for {model.norm.weight.dtype} (see --dtype)"
     if not finite:
         where = find_nonfinite(model, ids + draft.tokens)
         raise UserError(f"NaN or infinite values come out of {where}: {why}")
@@ -191,7 +192,7 @@ class NoDrafter:
         return self.model.embed(ids)
 
     def draft(self, ids, n_max, cache):
-        return Draft([], self.model.embed(ids[-1:]))
+        return Draft([])
 
     def observe(self, hidden, choices, path):
         pass
@@ -226,23 +227,31 @@ class KangarooDrafter(NoDrafter):
         while True:
             # The newest token goes to the exit layer even if the draft ends with it, because the
             # verification starts from its state. At first this is the last committed token.
-            position = start + len(tokens)
-            x = one_shape(self.model.embed([*ids[-1:], *tokens][-1:]), position, cache, self.width)
-            h = self.model.run_layers(*x, 0, self.depth)  # first early exit
-            self.states[:, position] = h[:, 0]
+            newest, position = [*ids[-1:], *tokens][-1], start + len(tokens)
             unsure = tokens and confidence[-1] <= self.threshold  # second early exit: the unsure
             if unsure or len(tokens) == n_max:                    # token itself is verified too
+                self.run_to_exit(newest, position, cache)
                 return Draft(tokens, self.states[:, start:position + 1], confidence)
-            token, probability = self.propose(position + 1)
+            token, probability = self.propose(newest, position, cache)
             tokens.append(token)
             confidence.append(probability)
 
-    def propose(self, position):
-        """The token drafted for `position`, and the drafter's top-1 probability there."""
-        logits, top = self.predict(self.adapt(position))
-        token = self.sampler.choose(logits, position)
-        token, top = torch.cat((token.double(), top[:, 0].double())).tolist()  # one host sync
+    def propose(self, token, position, cache):
+        """The token drafted to follow `token`, and the drafter's top-1 probability there."""
+        token, top = self.draft_step(token, position, cache).tolist()  # one host sync
         return int(token), top
+
+    def draft_step(self, token, position, cache):
+        """What `propose` returns, as a tensor (2,) float64."""
+        self.run_to_exit(token, position, cache)
+        logits, top = self.predict(self.adapt(position + 1))
+        token = self.sampler.choose(logits, position + 1)
+        return torch.cat((token.double(), top[:, 0].double()))
+
+    def run_to_exit(self, token, position, cache):
+        """First early exit: run a token through the shallow layers alone."""
+        h = self.model.step([token], position, cache, self.width, 0, self.depth)
+        self.states[:, position] = h[:, 0]
 
     def adapt(self, end):
         """Run the adapter on the positions < end that it has not seen; its state (1, hidden_size)

@@ -39,13 +39,18 @@ class UserError(Exception):
     """Something the user can put right: the message names the file, field or flag, and how."""
 
 
-def to_device(data, device):
-    """A list or a CPU tensor as a tensor on `device`.
+def pinned(data, device):
+    """A list or a CPU tensor as a CPU tensor that is copied to `device` without waiting.
 
-    From pinned memory, because a copy from other memory may wait for all that is queued.
+    A copy from memory that is not pinned may wait for all that a GPU has queued.
     """
     data = data if torch.is_tensor(data) else torch.tensor(data)
-    return (data.pin_memory() if device.type == "cuda" else data).to(device, non_blocking=True)
+    return data.pin_memory() if device.type == "cuda" else data
+
+
+def to_device(data, device):
+    """A list or a CPU tensor as a tensor on `device`."""
+    return pinned(data, device).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def one_shape(x, start, cache, width, parents=None):
     """
     # The first row's node: x may hold only the newest nodes of the tree.
     first = 0 if parents is None else 1 + len(parents) - x.shape[1]
-    slots = torch.arange(start + first, start + first + width, device=x.device)
+    slots = torch.arange(first, first + width, device=x.device) + start
     x, view = F.pad(x, (0, 0, 0, width - x.shape[1])), cache.view(start + width)
     if width > CHAIN_WIDTH:
         view.columns = torch.arange(view.length, device=x.device).repeat(width, 1)
@@ -195,6 +200,10 @@ class Linear(nn.Module):
         self.weight = None
 
 
+# Whether F.rms_norm is one kernel on a GPU. In older releases it is eight.
+FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -202,10 +211,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         d = x.shape[-1]
-        if x.is_cuda:
+        if x.is_cuda and FUSED_NORM:
             return F.rms_norm(x, (d,), self.weight, self.eps)
-        # The variance of (x, −x) is the mean square of x. On a CPU layer_norm is one kernel where
-        # F.rms_norm is ten, and at decode size the cost is the number of kernels, not their work.
+        # The variance of (x, −x) is the mean square of x. layer_norm is one kernel where F.rms_norm
+        # is ten on a CPU, and at decode size the cost is the number of kernels, not their work.
         both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * d,), eps=self.eps)
         return both[..., :d] * self.weight
 
@@ -232,7 +241,8 @@ class Rows(NamedTuple):
     slots: torch.Tensor    # (T,) where keys and values are written
     cos: torch.Tensor      # (T, 1, head_dim)
     sin: torch.Tensor      # (T, 1, head_dim), the first half negated
-    mask: torch.Tensor     # (T, S): 0 where a row sees a position, else −inf; None: causal
+    mask: torch.Tensor     # (T, S): 0 where a row sees a position, else −inf; None: causal;
+    #                        for attend_by_group (G T, S)
     columns: torch.Tensor  # (T, S): the slot that holds a position; None: slots are positions
 
     @classmethod
@@ -244,6 +254,9 @@ class Rows(NamedTuple):
             slots, columns = positions if cache.slots is None else cache.slots, cache.columns
             unseen = torch.arange(cache.length, device=positions.device) > positions[:, None]
             mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -math.inf)
+            if x.is_cuda and columns is None:
+                mask = mask.repeat(config.num_attention_heads // config.num_key_value_heads, 1)
+                mask[:, -CHUNK:][:, 0].clamp_(min=-30000)  # see attend_by_chunk
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         return cls(slots, cos, sin, mask, columns)
 
@@ -267,9 +280,38 @@ def attend_by_group(q, k, v, rows):
     """The same for kernels that know no groups: the heads of a group become rows of one head."""
     (B, T, H, D), K = q.shape, k.shape[2]
     q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
-    mask = rows.mask if H == K else rows.mask.repeat(H // K, 1)
-    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if B == 1 and T <= MAX_WIDTH and k.shape[2] >= LONG and D % 8 == 0:
+        y = attend_by_chunk(q, k, v, rows.mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, rows.mask)
     return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+CHUNK, LONG = 256, 1024  # keys of a chunk; views of so many positions and more go by chunks
+
+
+def attend_by_chunk(q, k, v, mask):
+    """The same for q (1, K, R, D) over k, v (1, K, S, D): attention to chunks of the keys, merged.
+
+    A kernel that goes through the keys one after another keeps as many multiprocessors of a GPU
+    busy as there are heads. With the chunks as a batch it is as many times more as there are
+    chunks. Each has a softmax of its own; their shares in the whole are exp of its logsumexp, in
+    float32. That may not be of nothing: so in the last chunk, which a row may stand before, it sees
+    the first key, with a share that rounds to 0. (This step has written that key.)
+    """
+    K, R = q.shape[1:3]
+    k, v = (x[0].unflatten(1, (-1, CHUNK)).transpose(0, 1) for x in (k, v))  # (N, K, CHUNK, D)
+    q, mask = q.expand(len(k), -1, -1, -1), mask.unflatten(1, (-1, CHUNK)).transpose(0, 1)
+    mask = mask[:, None].expand(-1, K, -1, -1)  # (N, K, R, CHUNK)
+    if q.is_cuda:  # the kernels behind F.scaled_dot_product_attention, which keeps the logsumexp
+        attention = torch.ops.aten._scaled_dot_product_efficient_attention
+        y, logsumexp, *_ = attention(q, k, v, mask, compute_log_sumexp=True)
+    else:
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y, logsumexp = attention(q, k, v, attn_mask=mask)
+    share = logsumexp[..., :R].softmax(0)  # the kernel pads the rows
+    return (share[..., None] * y).sum(0, keepdim=True).to(q.dtype)
 
 
 def silu_and_multiply(gate_up):
@@ -385,6 +427,15 @@ class Llama(nn.Module):
         for i in range(first, last):
             x = self.layers[i](x, rows, cache, i)
         return x
+
+    def step(self, x, start, cache, width, first, last, parents=None):
+        """Layers first … last − 1 on a decode step, as `one_shape` has it.
+
+        x: states (1, T, hidden_size), or ids, a list or (T,). Returns (1, width, hidden_size).
+        """
+        if not torch.is_tensor(x) or x.dim() == 1:
+            x = self.embed(x)
+        return self.run_layers(*one_shape(x, start, cache, width, parents), first, last)
 
     def logits(self, x):
         """States after the last layer (…, hidden_size) -> (…, vocab_size), in the model's dtype."""
@@ -549,27 +600,31 @@ def rows_are_alike(model, width, start=None):
     depth = min(2, len(model.layers))
     generator = torch.Generator().manual_seed(0)
     assert room_for_draft(start, width, device) == width - 1
-    before = KVCache.zeros(model.config, depth, start + 2 * width, model.norm.weight)
-    before.rows.copy_(torch.randn(before.rows.shape, generator=generator))
+    seen = torch.randn(2, depth, 1, start + 2 * width, model.config.num_key_value_heads,
+                       model.config.head_dim, generator=generator)
     x = model.embed(torch.randint(model.config.vocab_size, (width,), generator=generator).tolist())
 
     def step(x, start, cache, parents=None):
-        step = one_shape(x, start, cache, width, parents)
-        return model.logits(model.run_layers(*step, 0, depth))[0]
+        return model.logits(model.step(x, start, cache, width, 0, depth, parents))[0]
 
     chain, branches = list(range(width - 1)), [max(0, node - 1) for node in range(width - 1)]
     for parents in (chain, branches) if width > CHAIN_WIDTH else (chain,):
         path = [width - 1]
         while path[0]:
             path.insert(0, parents[path[0] - 1])
-        cache, alone = (KVCache(before.rows.clone(), before.length) for _ in range(2))
-        together = step(x, start, cache, parents)[path]
-        one_by_one = torch.stack([step(x[:, node:node + 1], start + i, alone)[0]
-                                  for i, node in enumerate(path)])
-        cache.keep(start, path[1:])
-        end = start + len(path)
-        if not (torch.equal(together, one_by_one)
-                and torch.equal(cache.rows[:, :, :, :end], alone.rows[:, :, :, :end])):
+        end, found = start + len(path), []
+        for together in (True, False):
+            cache = model.new_cache(start + 2 * width)  # one at a time: with graphs it is recorded
+            cache.rows[:, :depth, :, :seen.shape[3]] = seen.to(device)
+            if together:
+                logits = step(x, start, cache, parents)[path]
+                cache.keep(start, path[1:])
+            else:
+                logits = torch.stack([step(x[:, node:node + 1], start + i, cache)[0]
+                                      for i, node in enumerate(path)])
+            found.append((logits, cache.rows[:, :depth, :, :end].clone()))
+            del cache
+        if not all(map(torch.equal, *found)):
             return False
     return True
 

@@ -57,7 +57,7 @@ from bench.common import (
 )
 from drafters.tree import TREE_WIDTH
 from kangaroo import STEPS, WIDTH, Adapter, KangarooDrafter, generate
-from llama import Llama, LlamaConfig, Sampler, build, one_shape, rows_are_alike
+from llama import Llama, LlamaConfig, Sampler, build, rows_are_alike
 from support.checkpoint import write_atomically
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
 from support.graphs import CudaRecorder, direct_recorder, fuse_pointwise, graph_drafter
@@ -132,13 +132,13 @@ class ControlledDrafter(KangarooDrafter):
         self.first = len(ids)  # the position of the draft's first token
         return super().draft(ids, n_max, cache)
 
-    def propose(self, position):
-        super().propose(position)
-        drafted = position - self.first
+    def propose(self, token, position, cache):
+        super().propose(token, position, cache)
+        drafted = position + 1 - self.first
         if drafted == 0:  # spread more evenly than random numbers would be
             self.chance = (self.chance + 0.5 * (5 ** 0.5 - 1)) % 1
         right = self.chance < self.alpha ** (drafted + 1)
-        token = self.text[position]
+        token = self.text[position + 1]
         token = token if right else (token + 1) % self.model.config.vocab_size
         return token, 0.0 if self.stops and not right else 1.0
 
@@ -185,8 +185,7 @@ class Bench:
             return draft
 
         def verified(draft):
-            x = one_shape(draft.hidden, start, cache, WIDTH, draft.parents)
-            h = model.run_layers(*x, decoder.exit_layer, len(model.layers))
+            h = model.step(draft.hidden, start, cache, WIDTH, decoder.exit_layer, len(model.layers))
             logits = model.logits(h)[0, :len(draft.tokens) + 1]
             sampler.choose(logits, start + 1).tolist()
 

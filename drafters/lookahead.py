@@ -74,7 +74,7 @@ class LookaheadDrafter(NoDrafter):
         for tokens in reversed(self.pool.get(ids[-1], [])):
             hang(edges, 0, tokens[:min(n_max, self.width - 1 - len(edges))])
         parents, tokens = zip(*edges) if edges else ((), ())
-        return Draft(list(tokens), self.model.embed([ids[-1], *tokens]), parents=list(parents))
+        return Draft(list(tokens), parents=list(parents))
 
     def fill(self, ids):
         """Columns for all positions of the window: by guess, where there is none yet.

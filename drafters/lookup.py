@@ -14,4 +14,4 @@ class PromptLookupDrafter(NoDrafter):
         key, latest = ids[-self.ngram:], len(ids) - self.ngram - 1
         found = next((i for i in range(latest, -1, -1) if ids[i:i + self.ngram] == key), len(ids))
         tokens = ids[found + self.ngram:][:n_max]
-        return Draft(tokens, self.model.embed(ids[-1:] + tokens))
+        return Draft(tokens)

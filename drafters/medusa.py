@@ -98,7 +98,7 @@ class MedusaDrafter(NoDrafter):
                     tokens.append(int(token))
                     confidence.append(p)
                     parents.append(nodes[path[:-1]])
-        return Draft(tokens, self.model.embed(ids[-1:] + tokens), confidence, parents)
+        return Draft(tokens, None, confidence, parents)
 
     def choices(self, position, n):
         """Of each of the first n heads the likeliest (token, probability), the first one's token to

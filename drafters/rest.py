@@ -98,8 +98,7 @@ class RestDrafter(NoDrafter):
         best = (best if self.width > CHAIN_WIDTH else heaviest_chain(best))[:self.nodes]
         node = {(): 0} | {path: i for i, path in enumerate(best, 1)}
         tokens = [path[-1] for path in best]
-        return Draft(tokens, self.model.embed(ids[-1:] + tokens),
-                     parents=[node[path[:-1]] for path in best])
+        return Draft(tokens, parents=[node[path[:-1]] for path in best])
 
 
 def heaviest_chain(paths):

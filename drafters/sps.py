@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from kangaroo import WIDTH, Draft, NoDrafter, in_chunks
-from llama import Sampler, one_shape, room_for_draft
+from llama import Sampler, room_for_draft
 
 SPS_THRESHOLD = 0.0  # the papers draft γ tokens, however unsure
 
@@ -35,12 +35,12 @@ class SpsDrafter(NoDrafter):
         self.draft_model, self.threshold = draft_model, threshold
         self.source = getattr(draft_model, "source", "draft model")
         self.sampler, self.width = sampler or Sampler(), width
-        self.run = partial(draft_model.run_layers, first=0, last=len(draft_model.layers))
 
     def prefill(self, ids, cache):
         self.cache = self.draft_model.new_cache(cache.length)
         self.seen = len(ids)  # the cache is valid for positions < seen
-        in_chunks(self.run, self.read(ids), self.cache)
+        run = partial(self.draft_model.run_layers, first=0, last=len(self.draft_model.layers))
+        in_chunks(run, self.read(ids), self.cache)
         return super().prefill(ids, cache)
 
     def draft(self, ids, n_max, cache):
@@ -51,7 +51,7 @@ class SpsDrafter(NoDrafter):
             token, sure = self.propose(ids + tokens)
             tokens.append(token)
             confidence.append(sure)
-        return Draft(tokens, self.model.embed(ids[-1:] + tokens), confidence)
+        return Draft(tokens, confidence=confidence)
 
     def propose(self, ids):
         """The token to follow `ids`, and the top-1 probability where it came from."""
@@ -71,7 +71,8 @@ class SpsDrafter(NoDrafter):
         while self.seen < len(ids):
             room = room_for_draft(self.seen, self.width, self.cache.rows.device)
             new = ids[self.seen:self.seen + 1 + room]
-            h = self.run(*one_shape(self.read(new), self.seen, self.cache, self.width))
+            h = self.draft_model.step(self.read(new), self.seen, self.cache, self.width, 0,
+                                      len(self.draft_model.layers))
             self.seen += len(new)
         logits = self.draft_model.logits(h)[0, len(new) - 1:len(new)]
         # Of padded vocabularies: cuts off what only the draft model has, fills up what it has not.

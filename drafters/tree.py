@@ -45,9 +45,8 @@ class TreeDrafter(KangarooDrafter):
         growing = n_max > 0
         while True:
             rows, parents = nodes[open_from:], [node.parent for node in nodes[1:]]
-            x = self.model.embed([node.token for node in rows])
-            x = one_shape(x, start, cache, self.width, parents)
-            h = self.model.run_layers(*x, 0, self.depth)[:, :len(rows)]  # first early exit
+            h = self.model.step([node.token for node in rows], start, cache, self.width, 0,
+                                self.depth, parents)[:, :len(rows)]  # first early exit
             self.states[:, start + open_from:start + len(nodes)] = h
             if not growing:
                 draft = Draft([node.token for node in nodes[1:]],

@@ -119,11 +119,9 @@ def load(model=DEFAULT_MODEL, adapter=None, device=None, dtype=None, width=WIDTH
     pack(llama, width)
     if compile:
         fuse_pointwise()
-    if width > 1 and not rows_are_alike(llama, width):
-        print(f"warning: {device} does not treat the rows of a {dtype} step of width {width} "
-              "alike, so the output may differ from vanilla decoding", file=sys.stderr)
     decoder = Decoder(folder, llama, tokenizer, chat, template, adapter, facts, width, heads,
                       draft_model, datastore)
+    decoder.warn_unless(width == 1 or rows_are_alike(llama, width))
     if device.type == "cuda" and graphs:
         decoder.use_graphs()
     return decoder
@@ -166,6 +164,12 @@ class Decoder:
         self.draft_model, self.datastore = draft_model, datastore
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         self.graphed, self.room = False, ""
+
+    def warn_unless(self, rows_alike):
+        if not rows_alike:
+            print(f"warning: {self.device} does not treat the rows of a {self.dtype} step of width "
+                  f"{self.width} alike, so the output may differ from vanilla decoding",
+                  file=sys.stderr)
 
     def use_graphs(self, record=None):
         """Replay the decode steps from here on; `record` as in `graphs.Graphs`."""
@@ -274,20 +278,20 @@ class Decoder:
     def make_room(self, prompts, max_new_tokens):
         """Before decoding these lists of ids with graphs: room in the caches for the longest.
 
-        So it need not be made twice, and nothing recorded twice. Returns positions where steps will
-        start, one for each view of the cache.
+        So it need not be made twice, and nothing recorded twice. Returns the first and the last
+        position where a step will start.
         """
         first = min(map(len, prompts)) - 1
-        if not self.graphed:
-            return [first]
         context = self.model.config.max_position_embeddings
         end = min(max(map(len, prompts)) + max_new_tokens, context)
-        self.model.room = end + 2 * self.width
-        if self.draft_model:
-            self.draft_model.room = self.model.room
         steps = first, max(first, end - 2)
-        self.room = f" · {self.model.describe(*steps)}"
-        return self.model.starts(*steps)
+        if self.graphed:
+            self.model.room = end + 2 * self.width
+            if self.draft_model:
+                self.draft_model.room = self.model.room
+            self.room = f" · {self.model.describe(*steps)}"
+            self.warn_unless(self.width == 1 or self.model.are_alike(*steps))
+        return steps
 
     def warm_up(self, prompts, max_new_tokens, methods, sampler=None, settings=None):
         """Before these lists of ids are decoded and timed: all that happens only once.
@@ -296,9 +300,11 @@ class Decoder:
         cache is recorded. So each of `methods`, pairs of a drafter and the rows of a step as
         `rounds` takes them, decodes a round in every view that the texts reach.
         """
-        for start in self.make_room(prompts, max_new_tokens):
-            text = prompts[0] * (1 + start // len(prompts[0]))
-            for drafter, width in methods:
+        steps = self.make_room(prompts, max_new_tokens)
+        for drafter, width in methods:
+            starts = self.model.starts(*steps, width or self.width) if self.graphed else steps[:1]
+            for start in starts:
+                text = prompts[0] * (1 + start // len(prompts[0]))
                 next(self.rounds(text[:start + 1], drafter, self.width + 1, sampler, width,
                                  settings))
 

@@ -23,12 +23,13 @@ import copy
 import gc
 import os
 import weakref
-from functools import partial
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 import llama
-from llama import KVCache
+from llama import CHAIN_WIDTH, KVCache, one_shape, pinned, rows_are_alike
 
 # --------------------------------------------------------------------------------------------------
 # Exact kernels
@@ -119,6 +120,17 @@ def direct_recorder(function, inputs):
     return replay, outputs
 
 
+class FixedView:
+    """The view of a cache that a recording has, wherever its steps start."""
+
+    def __init__(self, view):
+        self.parts = view.rows, view.length, (view.k, view.v)  # the view itself may be on loan
+        self.key = view.length, id(view.rows)
+
+    def view(self, end=None):
+        return KVCache(*self.parts)
+
+
 class Graphs:
     """Recordings by key, which names the function and all it depends on but its tensors' values.
 
@@ -126,19 +138,22 @@ class Graphs:
     that this fills).
     """
 
-    def __init__(self, record):
-        self.record, self.recordings = record, {}
+    def __init__(self, record, device="cpu"):
+        self.record, self.device, self.recordings = record, device, {}
 
     @torch.inference_mode()
     def run(self, key, function, *tensors):
-        """function(*tensors), a tuple of tensors: recorded when the key is new, else replayed."""
+        """function(*tensors), a tuple of tensors: recorded when the key is new, else replayed.
+
+        Tensors of the host (`llama.pinned`) are copied to `device`.
+        """
         if key not in self.recordings:
-            inputs = [tensor.clone() for tensor in tensors]
+            inputs = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in tensors]
             recording = self.record(function, inputs)
             self.recordings[key] = function, inputs, *recording  # what it uses stays alive
         _, inputs, replay, outputs = self.recordings[key]
         for static, tensor in zip(inputs, tensors, strict=True):
-            static.copy_(tensor)
+            static.copy_(tensor, non_blocking=True)
         replay()
         # The next replay, of any recording, may use this memory.
         return tuple(output.clone() for output in outputs)
@@ -163,7 +178,8 @@ class GraphedLlama:
 
     def __init__(self, model, widths, record=None):
         self.model, self.widths, self.device = model, widths, model.norm.weight.device
-        self.graphs = Graphs(record or CudaRecorder(self.device))
+        self.graphs = Graphs(record or CudaRecorder(self.device), self.device)
+        self.said = None  # by the last step: the states after the last layer, and their logits
         self.room = 0     # positions that a KV cache has room for: growing means recording anew
         self.memory = {}  # by config: the KV cache that recordings know
         self.lent = {}    # by config: a weak reference to the view of it that the last text got
@@ -187,47 +203,80 @@ class GraphedLlama:
         self.lent[config] = weakref.ref(cache)
         return cache
 
-    def step(self, name, function, x, positions, cache):
-        """function(x, positions, cache), replayed if it is a decode step on a known cache."""
-        known = cache is not None and any(cache.rows is m.rows for m in self.memory.values())
-        if not known or x.shape[1] not in self.widths:
-            return function(x, positions, cache)
-        rows, length, by_layer = cache.rows, cache.length, (cache.k, cache.v)
+    def knows(self, cache):
+        """Whether recordings may address it: the cache of a second text at once they may not."""
+        return any(cache.rows is memory.rows for memory in self.memory.values())
+
+    def step(self, x, start, cache, width, first, last, parents=None):
+        """As the model's own, replayed. Behind the last layer the LM head is recorded too."""
+        model = self.model
+        if width not in self.widths or not self.knows(cache):
+            return model.step(x, start, cache, width, first, last, parents)
+
+        def say(h):
+            return (h, model.logits(h)) if last == len(model.layers) else (h,)
+
+        view, name = FixedView(cache.view(start + width)), ("layers", first, last)
+        if not torch.is_tensor(x) and len(x) == 1 and not parents:  # embedded in the recording
+            def token_step(numbers):
+                return say(model.step(numbers[:1], numbers[1], view, width, first, last))
+
+            outputs = self.graphs.run((*name, "token", width, *view.key), token_step,
+                                      pinned([*x, start], self.device))
+        elif width <= CHAIN_WIDTH:
+            def chain_step(x, start):
+                return say(model.step(x, start, view, width, first, last))
+
+            x = x if torch.is_tensor(x) else model.embed(x)
+            x, start = F.pad(x, (0, 0, 0, width - x.shape[1])), pinned(start, self.device)
+            outputs = self.graphs.run((*name, "chain", width, *view.key), chain_step, x, start)
+        else:
+            x = x if torch.is_tensor(x) else model.embed(x)
+            outputs = self.replay(name, lambda *step: say(model.run_layers(*step, first, last)),
+                                  *one_shape(x, start, cache, width, parents))
+        if len(outputs) == 2:
+            self.said = outputs
+        return outputs[0]
+
+    def replay(self, name, function, x, positions, cache):
+        """function(x, positions, cache), whatever the tree of the rows is."""
+        fixed = FixedView(cache)
 
         def recorded(x, positions, slots, columns=None):
-            view = KVCache(rows, length, by_layer)  # not `cache` itself, which may be on loan
+            view = fixed.view()
             view.slots, view.columns = slots, columns
-            return (function(x, positions, view),)
+            return function(x, positions, view)
 
         slots = positions if cache.slots is None else cache.slots
         columns = [] if cache.columns is None else [cache.columns]
-        key = name, tuple(x.shape), length, len(columns), id(rows)
-        return self.graphs.run(key, recorded, x, positions, slots, *columns)[0]
-
-    def run_layers(self, x, positions, cache, first, last):
-        function = partial(self.model.run_layers, first=first, last=last)
-        return self.step(("layers", first, last), function, x, positions, cache)
+        key = (*name, "tree" if columns else "chain", x.shape[1], *fixed.key)
+        return self.graphs.run(key, recorded, x, positions, slots, *columns)
 
     def logits(self, x):
-        if x.shape[1] not in self.widths:
-            return self.model.logits(x)
-        model = self.model  # a recording must not know this object, which keeps it: a cycle
-        return self.graphs.run(("logits", tuple(x.shape)), lambda x: (model.logits(x),), x)[0]
+        """What the last step's recording has computed, if they are asked for its states."""
+        return self.said[1] if self.said and x is self.said[0] else self.model.logits(x)
 
-    def views(self, first, last):
+    def views(self, first, last, width):
         """The lengths of the views of steps that start at positions `first` … `last`."""
-        first, last = (KVCache.in_view(start + max(self.widths), self.device)
-                       for start in (first, last))
+        first, last = (KVCache.in_view(start + width, self.device) for start in (first, last))
         return range(first, last + 1, KVCache.BLOCK[self.device.type])
 
-    def starts(self, first, last):
+    def starts(self, first, last, width):
         """Of these positions one for each view, with room for a whole draft if there is such."""
-        views = self.views(first, last)
-        return [max(first, view - views.step - max(self.widths) + 1) for view in views]
+        views = self.views(first, last, width)
+        return [max(first, view - views.step - width + 1) for view in views]
+
+    def are_alike(self, first, last):
+        """`rows_are_alike` in the first and the last of these views, replayed and not."""
+        width = max(self.widths)
+        views = self.views(first, last, width)
+        starts = {max(0, view - views.step - width + 1) for view in (views[0], views[-1])}
+        return all(rows_are_alike(model, width, start) for start in starts
+                   for model in (self.model, self))
 
     def describe(self, first, last):
         """In words, for steps that start at positions `first` … `last`."""
-        first, *more = self.views(first, last)
+        first, *more = self.views(first, last, max(self.widths))
         views = f"{first}, {more[0]} … {more[-1]}" if more else f"{first}"
         return f"CUDA graphs for views of {views} positions, recorded at first use"
 
@@ -242,21 +291,66 @@ class GraphedAdapter:
         return getattr(self.adapter, name)
 
     def __call__(self, x, positions, cache=None):
-        return self.model.step(("adapter", id(self.adapter)), self.adapter, x, positions, cache)
+        adapter, model = self.adapter, self.model
+        if cache is None or x.shape[1] not in model.widths or not model.knows(cache):
+            return adapter(x, positions, cache)
+        return model.replay(("adapter", id(adapter)), lambda *step: (adapter(*step),), x,
+                            positions, cache)[0]
+
+
+class GraphedDrafter:
+    """What `graph_drafter` adds to a KangarooDrafter; `bare` is that, without model and text."""
+
+    def predict(self, x):
+        """Replayed: from the adapter's state to the confidence."""
+        bare = self.bare
+        if self.fused:  # what the draft step's recording does not do is rare
+            return bare.predict(x)
+        key = ("predict", id(bare.adapter), bare.sampler.temperature,
+               getattr(bare, "candidates", 1), x.shape)
+        return self.model.graphs.run(key, bare.predict, x)
+
+    def draft_step(self, token, position, cache):
+        """Greedy: one replay, from a token to the one that is drafted to follow it."""
+        bare, model, depth, width = self.bare, self.model.model, self.depth, self.width
+        late = position - self.seen  # rows that the adapter has not seen before this one
+        known = self.model.knows(cache) and self.model.knows(self.adapter_cache)
+        if not self.fused or late > 1 or not known or width not in self.model.widths:
+            return super().draft_step(token, position, cache)
+        shallow = FixedView(cache.view(position + width))
+        own = FixedView(self.adapter_cache.view(self.seen + width))
+
+        def recorded(numbers, before):
+            token, position, late = numbers.split(1)
+            h = model.step(token, position, shallow, width, 0, depth)[:, :1]
+            # The adapter's rows are this one or, if it is a row late, the one before and this one.
+            rows = torch.cat((before, h, torch.zeros_like(h)), 1)
+            rows = rows.index_select(1, torch.arange(1, 3, device=h.device) - late)
+            x = bare.adapter(*one_shape(rows, position - late, own, width))
+            logits, top = bare.predict(x[0].index_select(0, late))
+            return h, torch.cat((bare.sampler.choose(logits, None).double(), top[:, 0].double()))
+
+        key = "draft", id(bare.adapter), depth, width, *shallow.key, *own.key
+        before = max(0, position - 1)
+        h, drafted = self.model.graphs.run(
+            key, recorded, pinned([token, position, late], self.model.device),
+            self.states[:, before:before + 1])
+        self.states[:, position], self.seen = h[:, 0], position + 1
+        return drafted
+
+
+@lru_cache(maxsize=None)  # noqa: UP033 — one class each
+def graphed_class(cls):
+    return type(cls.__name__, (GraphedDrafter, cls), {})
 
 
 def graph_drafter(drafter):
-    """Replay a new KangarooDrafter's LM head too, from adapter state to confidence; returns it."""
-    graphs, unused = drafter.model.graphs, copy.copy(drafter)
-    # The recording keeps `unused` alive: without a cache, and without what keeps the recording.
-    unused.model = unused.model.model
-    unused.adapter = getattr(unused.adapter, "adapter", unused.adapter)
-
-    def predict(x):
-        candidates = getattr(unused, "candidates", 1)
-        key = ("predict", id(unused.adapter), unused.sampler.temperature, candidates,
-               tuple(x.shape))
-        return graphs.run(key, unused.predict, x)
-
-    drafter.predict = predict
+    """Replay the draft steps of a new KangarooDrafter, or of its tree the LM head; returns it."""
+    bare = copy.copy(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
+    bare.model, bare.adapter = drafter.model.model, getattr(drafter.adapter, "adapter",
+                                                            drafter.adapter)
+    drafter.bare, drafter.__class__ = bare, graphed_class(type(drafter))
+    drafter.fused = not bare.sampler.temperature and not hasattr(bare, "candidates")
+    if drafter.fused:
+        drafter.adapter = bare.adapter
     return drafter
