@@ -12,8 +12,9 @@ recorded must have
   tree also the view's slots and columns), never by Python numbers.
 
 The one-shape step of `llama.py` is all that already. So graphs wrap the same functions,
-`run_layers`, `logits`, the adapter and the drafter's `predict`, and the algorithm in `kangaroo.py`
-does not know of them. The same kernels run: graphs on and off give the same bits.
+`Llama.step`, `Llama.logits`, the adapter and the drafter's `draft_step` and `predict`, and the
+algorithm in `kangaroo.py` does not know of them. The same kernels run: graphs on and off give the
+same bits.
 
 Left out on purpose: prefill, whose shapes vary and whose kernels are long; `KVCache.keep`, one copy
 a round at most. Follows PyTorch's notes "CUDA semantics: CUDA Graphs" and "Numerical accuracy".
