@@ -139,8 +139,9 @@ class Graphs:
     that this fills).
     """
 
-    def __init__(self, record, device="cpu"):
-        self.record, self.device, self.recordings = record, device, {}
+    def __init__(self, record, device=None):
+        self.record, self.recordings = record, {}
+        self.device = device or getattr(record, "device", "cpu")
 
     @torch.inference_mode()
     def run(self, key, function, *tensors):
