@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import llama
+from kangaroo import KangarooDrafter
 from llama import CHAIN_WIDTH, KVCache, one_shape, pinned, rows_are_alike
 
 # --------------------------------------------------------------------------------------------------
@@ -352,7 +353,8 @@ def graph_drafter(drafter):
     bare.model, bare.adapter = drafter.model.model, getattr(drafter.adapter, "adapter",
                                                             drafter.adapter)
     drafter.bare, drafter.__class__ = bare, graphed_class(type(drafter))
-    drafter.fused = not bare.sampler.temperature and not hasattr(bare, "candidates")
+    drafter.fused = (not bare.sampler.temperature and not hasattr(bare, "candidates")
+                     and type(bare).adapt is KangarooDrafter.adapt)
     if drafter.fused:
         drafter.adapter = bare.adapter
     return drafter
