@@ -338,7 +338,7 @@ def test_nothing_outlives_its_owner(width):
         graphed = GraphedLlama(model, (width,), StandIn())
         decode(graphed, "kangaroo", [1, 2], 20, random_adapter(model), 1, 0.1,
                1 if width == 8 else 3, sampler=Sampler(), steps=5, width=width)
-        assert len(graphed.graphs.recordings) > 3
+        assert len(graphed.graphs.recordings) >= 3
         dead = [weakref.ref(thing) for thing in (graphed, graphed.graphs, model)]
         del graphed, model
         assert [ref() for ref in dead] == [None] * 3
@@ -500,7 +500,7 @@ def test_cuda_graphs_on_is_graphs_off(dtype, sampler, width, candidates, group):
         on, off = (decode(m, "kangaroo", [5, 6, 7], n, **options) for m in (graphed, model))
         assert_same(on, off)
         assert decode(graphed, "none", [5, 6, 7], n, **options)[0] == on[0]
-    assert len(graphed.graphs.recordings) > 3
+    assert len(graphed.graphs.recordings) >= 3
 
 
 @gpu
