@@ -67,8 +67,12 @@ EXACT = ("learn", "exit_layer", "architecture", "vocabulary", "loss", "lr", "wei
          "warmup", "clip", "updates", "batches", "batch_tokens", "max_length", "window", "passes",
          "seed", "heads")
 LEARN = "target", "text"
+# Of p (n, V), the target's distribution, and log q, the adapter's -> (n,). Compared in
+# docs/training.md.
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
-          "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log()}
+          "reverse": lambda p, log_q: (log_q.exp() * (log_q - p.clamp(min=1e-30).log())).sum(-1),
+          "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log(),
+          "hard": lambda p, log_q: F.nll_loss(log_q, p.argmax(-1), reduction="none")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ class TextTarget(Target):
         return following,
 
     def loss_of(self, x, following, loss):
-        """Here each loss is −log q of the next token, and Σ min(p, q) is q."""
+        """Here any loss is −log q of the next token, and Σ min(p, q) is q."""
         log_q = self.draft_logits(x).float().log_softmax(-1)
         said = log_q.gather(1, following[:, None])
         figures = (-said.detach().sum(), said.detach().exp().sum(),
@@ -656,7 +660,8 @@ def make_parser():
            type=int)
     option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
            "that is said, for which the first ℓ layers suffice", "target")
-    option("--loss", "NAME", "cross-entropy, or acceptance: -log Σ min(p, q)", "cross-entropy")
+    option("--loss", "NAME", "cross-entropy, reverse (KL of the adapter to the target), acceptance "
+           "(-log Σ min(p, q)) or hard (the target's likeliest token alone)", "cross-entropy")
     option("--updates", "N", "optimizer steps", 2000, type=int)
     option("--batch-tokens", "N", "the most tokens of a batch, padding included", 4096, type=int)
     option("--batches", "N", "batches of an update, over all processes", 4, type=int)

@@ -113,7 +113,9 @@ def variants(n_layers, vocabulary):
     more = [Variant("no input norm", adapter=NoInputNorm), Variant("attention + MLP"),
             Variant("MLP only", adapter=MLPOnly),
             Variant("own LM head", adapter=Adapter, target=OwnHead),
-            Variant("attention + MLP, loss −log Σ min(p, q)", loss="acceptance")]
+            Variant("attention + MLP, loss −log Σ min(p, q)", loss="acceptance"),
+            Variant("attention + MLP, loss reverse KL", loss="reverse"),
+            Variant("attention + MLP, loss hard labels", loss="hard")]
     whole = [Variant("attention + MLP, whole vocabulary", vocabulary=False)]
     return exits + more + whole * bool(vocabulary)
 

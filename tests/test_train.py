@@ -54,10 +54,10 @@ from support.data import (
     split,
 )
 from support.tokenizer import Tokenizer
-from train_adapter import Target
+from train_adapter import LOSSES, Target
 
 SCRIPT = Path(train_adapter.__file__).resolve()
-PAIRS = [(None, "cross-entropy"), (20, "acceptance")]  # --vocabulary and --loss
+PAIRS = list(zip([None, 20, 20, None], LOSSES))  # --vocabulary and --loss
 
 
 def sentences(seed, n):
@@ -134,7 +134,7 @@ def same_weights(a, b):
 # What is learned
 
 @pytest.mark.parametrize("vocabulary", [[], ["--vocabulary", 200]], ids=["all", "some"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "acceptance"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("architecture, data", [("attention", "chats.json"),
                                                 ("layer", "plain.txt")])
 def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
@@ -197,15 +197,16 @@ def direct(target, adapter, ids, learn, kind):
     subset = torch.arange(TINY.vocab_size) if target.vocabulary is None else target.vocabulary
     whole = model(ids)[learn].softmax(-1)
     p, q = whole[:, subset], model.lm_head(adapter(x, positions)[learn])[:, subset].softmax(-1)
-    overlap = torch.minimum(p, q).sum(-1)
-    loss = -(p * q.log()).sum() if kind == "cross-entropy" else -overlap.log().sum()
+    overlap, best = torch.minimum(p, q).sum(-1), p.argmax(-1, keepdim=True)
+    loss = {"cross-entropy": -p * q.log(), "reverse": q * (q / p).log(),
+            "acceptance": -overlap.log(), "hard": -q.gather(-1, best).log()}[kind].sum()
     return loss, overlap.sum(), (subset[q.argmax(-1)] == whole.argmax(-1)).sum(), learn.sum()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 512])
 @pytest.mark.parametrize("architecture", ADAPTERS)
 @pytest.mark.parametrize("n", [None, 20])
-@pytest.mark.parametrize("kind", ["cross-entropy", "acceptance"])
+@pytest.mark.parametrize("kind", LOSSES)
 def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk):
     """Guards the loss in chunks: a chunk left out or counted twice, p renormalised over the subset,
     a wrong gradient."""
@@ -1239,7 +1240,7 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
                           (["--exit-layer", -1], "--exit-layer -1"),
                           (["--exit-layer", "two"], "--exit-layer"),
                           (["--updates", 0], "--updates 0"),
-                          (["--loss", "mse"], ["--loss mse", "cross-entropy", "acceptance"]),
+                          (["--loss", "mse"], ["--loss mse", *LOSSES]),
                           (["--learn", "all"], ["--learn all", "target, text"]),
                           (["--architecture", "mlp"], ["mlp", "layer"]),
                           (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]),
