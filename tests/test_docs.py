@@ -47,6 +47,17 @@ def test_links_lead_somewhere(page):
                              re.MULTILINE), f"{page.name}: {label}"
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda path: path.name)
+def test_a_page_is_on_the_path(page):
+    """What one can do after it, something to try, the next page; docs/README.md says when."""
+    text = page.read_text(encoding="utf-8")
+    assert text.split("\n\n")[1].startswith("After this page you "), page.name
+    assert "\n**Try**: " in text, page.name
+    assert re.match(r"Next: \[[^\]]+\]\(\w+\.md\)\.$", text.splitlines()[-1]), page.name
+    path = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert page.name == "README.md" or f"({page.name})" in path, page.name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_names_exist(page):
     """Tests and options that a page names."""
