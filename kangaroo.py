@@ -118,7 +118,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         drafter.observe(h, ids[1:], list(range(1, len(ids) - 1)))
     while len(ids) < end:
         start = len(ids) - 1  # the position of the last committed token, which has not been run yet
-        # Near the end of a block of the cache a draft is shorter, or empty: it must not cross.
+        # Near the end of a block of the cache a draft is shorter, or empty: its rows share a view.
         n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width, cache.rows.device))
         draft = drafter.draft(ids, n_max, cache)
         # Verify: the remaining layers, in one pass over the last committed token and all drafted.
@@ -172,7 +172,7 @@ class NoDrafter:
     """Proposes nothing, which makes `generate` vanilla decoding. What a drafter is:
 
     - `depth`: how many of the target's layers it has run on the states that it hands over;
-    - `width`: the rows of its steps in these layers, as `generate`'s; None if it runs none;
+    - `width`: the rows of a step that it counts on, which must be `generate`'s; None: any will do;
     - `prefill(ids, cache)`: all prompt tokens but the last -> their states before layer `depth`;
     - `draft(ids, n_max, cache)`: a Draft of at most n_max tokens to follow the committed `ids`;
     - `observe(hidden, choices, path)`: after each verification of n drafted tokens, hidden

@@ -167,7 +167,8 @@ def one_shape(x, start, cache, width, parents=None):
 def room_for_draft(start, width, device):
     """How many tokens a draft behind position `start` may have, 0 … width − 1.
 
-    Each row must see the view that it would have alone, so a draft may not cross a block's end.
+    Each row must see the view that it would have alone. A step at `start` sees the blocks that hold
+    start + width positions, so a draft ends before one of its rows would need another block.
     """
     return min(width - 1, -(start + width) % KVCache.BLOCK[device.type])
 
@@ -298,8 +299,8 @@ def attend_by_chunk(q, k, v, mask):
     A kernel that goes through the keys one after another keeps as many multiprocessors of a GPU
     busy as there are heads. With the chunks as a batch it is as many times more as there are
     chunks. Each has a softmax of its own; their shares in the whole are exp of its logsumexp, in
-    float32. That may not be of nothing: so in the last chunk, which a row may stand before, it sees
-    the first key, with a share that rounds to 0. (This step has written that key.)
+    float32. A softmax over nothing is NaN. So in the last chunk, which may lie wholly behind a row,
+    the row sees the first key, with a share that rounds to 0. (This step has written that key.)
     """
     K, R = q.shape[1:3]
     k, v = (x[0].unflatten(1, (-1, CHUNK)).transpose(0, 1) for x in (k, v))  # (N, K, CHUNK, D)
