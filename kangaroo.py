@@ -11,9 +11,10 @@ The output equals vanilla decoding bit for bit, greedy and sampled: see `one_sha
 `llama.py`.
 
 **One fact carries all state: `ids`, the committed tokens.** Between rounds every cache is valid for
-the positions 0 … len(ids) − 2; the last committed token has not been run yet. Rows are addressed by
-position, a row sees the positions up to its own, and the next round writes the same positions
-again. So a rejected draft needs no undoing. Who writes what:
+the positions 0 … len(ids) − 2; the last committed token has not been run yet. (The adapter's may
+lag behind, and catches up: `adapt`.) Rows are addressed by position, a row sees the positions up to
+its own, and the next round writes the same positions again. So a rejected draft needs no undoing.
+Who writes what:
 
     prefill   layers 0 … N−1, adapter    all positions of the prompt but the last, once
     draft     layers 0 … ℓ−1             one position a step, from the last committed token on
