@@ -103,10 +103,11 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
     """Yield a Round for every verification, until one of these: `max_new_tokens`; a token of `eos`;
     the end of the context.
 
-    prompt is a list of at least one token id; `steps` is γ, the most tokens drafted in a round.
-    With any drafter, γ and exit layer the tokens are those of NoDrafter for the same width: the
-    target itself chooses every one, the draft decides only how many are checked at once. Host
-    syncs: one a round, one a drafted token. UserError if logits or confidences are not finite.
+    prompt is a list of at least one token id; `steps` is γ, the most tokens drafted in a round (the
+    depth of a tree). With any drafter, γ and exit layer the tokens are those of NoDrafter for the
+    same width: the target itself chooses every one, the draft decides only how many are checked at
+    once. Host syncs: one a round, one a drafted token. UserError if logits or confidences are not
+    finite.
     """
     if drafter.width not in (None, width):  # its rows of the cache would have other bits
         raise ValueError(f"the drafter's width is {drafter.width}, generate's is {width}")
@@ -175,7 +176,7 @@ class NoDrafter:
     - `depth`: how many of the target's layers it has run on the states that it hands over;
     - `width`: the rows of a step that it counts on, which must be `generate`'s; None: any will do;
     - `prefill(ids, cache)`: all prompt tokens but the last -> their states before layer `depth`;
-    - `draft(ids, n_max, cache)`: a Draft of at most n_max tokens to follow the committed `ids`;
+    - `draft(ids, n_max, cache)`: a Draft to follow the committed `ids`, at most n_max tokens deep;
     - `observe(hidden, choices, path)`: after each verification of n drafted tokens, hidden
       (1, 1 + n, hidden_size), the target's last states, before its final norm; choices, what the
       target says after each of these nodes; path, the accepted nodes. Committed are the choices
