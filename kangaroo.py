@@ -2,10 +2,10 @@
 
     prompt ids -> prefill -> (draft -> verify -> commit)* -> ids
 
-The first ℓ layers of the model, a small adapter and the model's own LM head draft tokens one by one
-(first early exit); drafting stops as soon as the draft is unsure (second early exit). The remaining
-layers then verify all drafted tokens in one pass that resumes from the hidden states which the
-first ℓ layers have already computed. Paper: arXiv 2404.18911.
+The first ℓ layers of the model (the target), a small adapter and the model's own LM head draft
+tokens one by one (first early exit); drafting stops as soon as the draft is unsure (second early
+exit). The remaining layers then verify all drafted tokens in one pass that resumes from the hidden
+states which the first ℓ layers have already computed. Paper: arXiv 2404.18911.
 
 The output equals vanilla decoding bit for bit, greedy and sampled: see `one_shape` and `Sampler` in
 `llama.py`.
