@@ -26,6 +26,7 @@ from support.decoder import ADAPTED, DRAFTERS, HEADED, TREES, Settings, load, se
 DRAFTING = [name for name in DRAFTERS if name != "none"]
 WIDTHS = {**dict.fromkeys(TREES.values(), TREE_WIDTH), "lookahead": LOOKAHEAD_WIDTH}
 USUAL_WINDOW = {"window": WINDOW, "ngram": NGRAM, "candidates": CANDIDATES}  # lookahead's
+WEIGHTS = "*.safetensors", "*.bin", "medusa_lm_head.pt"  # and no checkpoint of a training
 # What load may be given besides a model and its adapter.
 NEEDS = {"--heads": "a folder of Medusa heads (default: medusa in the model's)",
          "--draft-model": "a small model's folder, for sps (default: draft in the model's)",
@@ -105,8 +106,8 @@ class Method(NamedTuple):
         shapes = [shape for path in folder.glob("*.safetensors")
                   for name, (shape, _) in safetensors_entries(path).items() if name != "vocabulary"]
         return {"parameters": sum(map(math.prod, shapes)) or None,
-                "bytes": sum(path.stat().st_size for ending in ("safetensors", "bin", "pt")
-                             for path in folder.glob(f"*.{ending}")) or None,
+                "bytes": sum(path.stat().st_size for name in WEIGHTS
+                             for path in folder.glob(name)) or None,
                 "training_seconds": seconds_of(facts.get("training", facts))}
 
 

@@ -85,6 +85,7 @@ def test_each_method_at_the_settings_that_were_chosen(model, questions, tmp_path
     run; a text that is held against vanilla's at another width.
     """
     chosen, out = tmp_path / "settings.json", tmp_path / "results.json"
+    (model / "checkpoint.pt").write_bytes(b"left by a training")
     names = "kangaroo,tree,lookup,sps,lookahead,rest"
     choose.main([*of(model), "--prompts", str(questions), "--each", "1", "--skip", "0",
                  "--new-tokens", "4", "--methods", names, "--draft-model", str(model), "--out",
@@ -104,6 +105,7 @@ def test_each_method_at_the_settings_that_were_chosen(model, questions, tmp_path
     assert figures["sps"]["rounds"] == 3  # the target as its own draft: 12 tokens by γ + 1
     assert max(map(len, (f["drafted"] for f in figures.values()))) <= 15
     assert results["costs"]["lookup"] == {"parameters": 0, "bytes": 0, "training_seconds": 0}
+    assert results["costs"]["sps"]["bytes"] == (model / "model.safetensors").stat().st_size
     assert results["costs"]["sps"]["parameters"] == sum(
         p.numel() for p in weights_of(load(model, device="cpu").model))
 
