@@ -74,7 +74,7 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (authors_methods, BESIDE + "--rest .", ["--rest", "--datastore"]),
     (authors_methods, BESIDE + "--lookahead model", ["--lookahead model", "lade/decoding.py"]),
     (authors_methods, BESIDE + "--python nowhere", "--python nowhere"),
-    (gpu, "--tiny --questions talk.json", "--model"),
+    (gpu, "--everything --tiny --out new.json --questions talk.json", "--model"),
     (gpu, "--tiny --shapes 3B", "--shapes"),
     (gpu, "--repeats 0", "--repeats 0"),
     (spec_bench, BENCH + "prompts.txt --methods rest", ["--methods rest", "--datastore"]),

@@ -282,7 +282,8 @@ def test_a_deep_adapter_learns_each_token_as_it_is_drafted(n, kind):
                           seen.clamp(max=committed))
             q = model.lm_head(exact(read, seen))[0, -1, subset].softmax(-1)
             overlap = torch.minimum(p[subset], q).sum()
-            loss = -(p[subset] * q.log()).sum() if kind == "cross-entropy" else -overlap.log()
+            loss = {"cross-entropy": -p[subset] * q.log(), "reverse": q * (q / p[subset]).log(),
+                    "acceptance": -overlap.log(), "hard": -q[p[subset].argmax()].log()}[kind].sum()
             (0.25 * loss).backward(retain_graph=True)
             right = subset[q.argmax()] == p.argmax()
             expected += torch.stack((loss, overlap, right.double(), torch.ones(()))).detach()
