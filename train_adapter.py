@@ -225,24 +225,19 @@ class DeepTarget(Target):
     """The same for a deep adapter, which reads the target's last state too (drafters/deep.py).
 
     Each token is learned twice, as decoding meets it: as the last committed one, and as a drafted
-    one of a round that began some tokens before. Of `states`, x is (B, T, 2 d), the exit layer's
-    states and the last ones, and then comes
+    one of a round that began some tokens before. Of `states`, after x and learn, come
+    last (B, T, d)    the last layer's states, normed
     start (T,)        the position of the last committed token of each position's round
     """
-    @torch.no_grad()
-    def states(self, ids, learn):
-        model, device = self.model, self.head.device
-        ids, learn = ids.to(device), learn.to(device)
-        positions = torch.arange(ids.shape[1], device=device)
-        x = model.run_layers(model.embed_tokens(ids), positions, None, 0, self.exit_layer)
-        y = model.run_layers(x, positions, None, self.exit_layer, len(model.layers))
-        start = round_starts(ids.shape[1], seed=ids.sum().item()).to(device)  # resuming is exact
-        return torch.cat((x, model.norm(y)), -1), learn, start, *self.final(y[learn])
+    def wanted(self, x, ids, learn, positions):
+        y = self.model.run_layers(x, positions, None, self.exit_layer, len(self.model.layers))
+        start = round_starts(ids.shape[1], seed=ids.sum().item()).to(x.device)  # resuming is exact
+        return self.model.norm(y), start, *self.final(y[learn])
 
     def loss(self, adapter, states, kind, scale=None, autocast=torch.bfloat16):
         """As for other adapters; the sums are over the first drafted tokens and later ones."""
-        x, learn, start, *wanted = states
-        x, positions, mask, drafted = committed_and_drafted(*x.chunk(2, -1), start)
+        x, learn, last, start, *wanted = states
+        x, positions, mask, drafted = committed_and_drafted(x, last, start)
         twice = torch.cat((learn, learn & drafted), 1)
         number = (learn.flatten().cumsum(0) - 1).view_as(learn)  # which of the n each position is
         chosen = torch.cat((number, number), 1)[twice]

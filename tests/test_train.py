@@ -267,7 +267,7 @@ def test_a_deep_adapter_learns_each_token_as_it_is_drafted(n, kind):
     adapter = random_weights(DeepAdapter(replace(TINY, num_hidden_layers=1)), 5)
     exact, model = copy.deepcopy(adapter).double(), copy.deepcopy(target.model).double()
     states, positions = target.states(ids, learn), torch.arange(ids.shape[1])
-    start = states[2].tolist()
+    start = states[3].tolist()
     assert start[0] == 0 and 2 < len(set(start)) < len(start)
     x = model.run_layers(model.embed_tokens(ids), positions, None, 0, 1)
     last = model.norm(model.run_layers(x, positions, None, 1, 4))
