@@ -656,7 +656,8 @@ def make_parser():
     option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
            "that is said, for which the first ℓ layers suffice", "target")
     option("--loss", "NAME", "cross-entropy, reverse (KL of the adapter to the target), acceptance "
-           "(-log Σ min(p, q)) or hard (the target's likeliest token alone)", "cross-entropy")
+           "(-log Σ min(p, q)) or hard (the target's likeliest token alone); with --learn text "
+           "only of the held-out figures", "cross-entropy")
     option("--updates", "N", "optimizer steps", 2000, type=int)
     option("--batch-tokens", "N", "the most tokens of a batch, padding included", 4096, type=int)
     option("--batches", "N", "batches of an update, over all processes", 4, type=int)
