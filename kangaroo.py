@@ -240,15 +240,13 @@ class KangarooDrafter(NoDrafter):
 
     def propose(self, token, position, cache):
         """The token drafted to follow `token`, and the drafter's top-1 probability there."""
-        token, top = self.draft_step(token, position, cache).tolist()  # one host sync
+        (token, top), = self.draft_step(token, position, cache)[0].tolist()  # one host sync
         return int(token), top
 
     def draft_step(self, token, position, cache):
-        """What `propose` returns, as a tensor (2,) float64."""
+        """What `propose` returns, as `choose` has it."""
         self.run_to_exit(token, position, cache)
-        logits, top = self.predict(self.adapt(position + 1))
-        token = self.sampler.choose(logits, position + 1)
-        return torch.cat((token.double(), top[:, 0].double()))
+        return self.choose(self.adapt(position + 1), position + 1)
 
     def run_to_exit(self, token, position, cache):
         """First early exit: run a token through the shallow layers alone."""
@@ -267,6 +265,16 @@ class KangarooDrafter(NoDrafter):
             x = self.adapter(*one_shape(h, self.seen, self.adapter_cache, self.width))
             self.seen += h.shape[1]
         return x[:, h.shape[1] - 1]
+
+    def choose(self, x, position, depth=None):
+        """Adapter states (T, hidden_size) -> (T, K, 2) float64: the K tokens drafted to follow each
+        (K = 1, but for a tree), with its K highest probabilities.
+
+        The tokens stand at position + depth[i] (None: + i).
+        """
+        logits, top = self.predict(x)
+        tokens = self.sampler.candidates(logits, position, depth, top.shape[1])
+        return torch.stack((tokens.double(), top.double()), -1)
 
     def predict(self, x):
         """Adapter states (T, hidden_size) -> logits (T, vocab_size), and the top probabilities."""

@@ -120,12 +120,6 @@ class KVCache:
             moved = to_device([start + node for node in path], self.rows.device)
             self.rows[:, :, :, start + 1:start + 1 + len(path)] = self.rows[:, :, :, moved]
 
-    def update(self, layer, slots, k, v):
-        """Write k, v (1, T, kv_heads, head_dim) at the rows slots (T,); returns the S in view."""
-        self.k[layer].index_copy_(1, slots, k)
-        self.v[layer].index_copy_(1, slots, v)
-        return self.k[layer][:, :self.length], self.v[layer][:, :self.length]
-
 
 CHAIN_WIDTH = 8  # steps of at most so many rows hold a chain, and use PyTorch's fused attention
 MAX_WIDTH = 64   # a step of more rows might not fit in a block of the cache
@@ -205,19 +199,23 @@ class Linear(nn.Module):
 FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
+def rms_norm(x, weight, eps):
+    """x (…, d) by its root mean square, times weight (d,)."""
+    if x.is_cuda and FUSED_NORM:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # The variance of (x, −x) is the mean square of x. layer_norm is one kernel where F.rms_norm is
+    # ten on a CPU, and at decode size the cost is the number of kernels, not their work.
+    both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * len(weight),), eps=eps)
+    return both[..., :len(weight)] * weight
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        d = x.shape[-1]
-        if x.is_cuda and FUSED_NORM:
-            return F.rms_norm(x, (d,), self.weight, self.eps)
-        # The variance of (x, −x) is the mean square of x. layer_norm is one kernel where F.rms_norm
-        # is ten on a CPU, and at decode size the cost is the number of kernels, not their work.
-        both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * d,), eps=self.eps)
-        return both[..., :d] * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 @lru_cache(maxsize=None)  # noqa: UP033 — kept for ever: a CUDA graph may hold its address
@@ -265,6 +263,21 @@ class Rows(NamedTuple):
 def rotate(x, cos, sin):
     """RoPE on x (B, T, heads, head_dim): pairs (i, i + head_dim / 2) turn by the row's angle."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rotate_all(qkv, heads, cos, sin):
+    """The parts q, k, v of qkv (B, T, heads + 2 kv_heads, head_dim), q and k with RoPE."""
+    both = (heads + qkv.shape[2]) // 2
+    qk = rotate(qkv[:, :, :both], cos, sin)
+    return qk[:, :, :heads], qk[:, :, heads:], qkv[:, :, both:]
+
+
+def rotate_and_write(qkv, heads, cos, sin, slots, keys, values):
+    """The same; k and v go to the rows slots (T,) of keys and values, a layer's in the KV cache."""
+    q, k, v = rotate_all(qkv, heads, cos, sin)
+    keys.index_copy_(1, slots, k)
+    values.index_copy_(1, slots, v)
+    return q
 
 
 def attend(q, k, v, rows):
@@ -357,15 +370,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(q, o_proj=config.hidden_size)
 
     def forward(self, x, rows, cache=None, layer=0):
-        B, T, _ = x.shape
-        H, K, D = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv_proj(x).view(B, T, H + 2 * K, D)
-        qk, v = rotate(qkv[:, :, :H + K], rows.cos, rows.sin), qkv[:, :, H + K:]
-        q, k = qk[:, :, :H], qk[:, :, H:]
-        if cache is not None:
-            k, v = cache.update(layer, rows.slots, k, v)  # (1, S, K, D)
+        qkv = self.qkv_proj(x).unflatten(2, (-1, self.head_dim))  # (B, T, H + 2 K, D)
+        if cache is None:
+            q, k, v = rotate_all(qkv, self.heads, rows.cos, rows.sin)
+        else:
+            k, v = cache.k[layer], cache.v[layer]
+            q = rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, k, v)
+            k, v = k[:, :cache.length], v[:, :cache.length]  # (1, S, K, D)
         y = attend(q, k, v, rows) if rows.columns is None else attend_in_order(q, k, v, rows)
-        return self.o_proj(y.reshape(B, T, H * D))
+        return self.o_proj(y.flatten(2))
 
 
 class MLP(nn.Module):

@@ -6,8 +6,6 @@ of the tree, whose growth docs/trees.md explains. Needs: what the chain needs.
 """
 from typing import NamedTuple
 
-import torch
-
 from kangaroo import Draft, KangarooDrafter
 from llama import one_shape, to_device
 
@@ -76,10 +74,7 @@ class TreeDrafter(KangarooDrafter):
 
         x (T, hidden_size) is what the adapter makes of them.
         """
-        logits, top = self.predict(x)
-        depth = [node.depth for node in rows]
-        tokens = self.sampler.candidates(logits, start + 1, depth, top.shape[1])
-        drafted = torch.stack((tokens.double(), top.double()), -1).tolist()  # one host sync
+        drafted = self.choose(x, start + 1, [node.depth for node in rows]).tolist()  # one host sync
         return [Node(int(token), parent, node.depth + 1, p, node.product * p)
                 for parent, (node, candidates) in enumerate(zip(rows, drafted), first)
                 for token, p in candidates if token >= 0]

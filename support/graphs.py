@@ -12,7 +12,7 @@ recorded must have
   tree also the view's slots and columns), never by Python numbers.
 
 The one-shape step of `llama.py` is all that already. So graphs wrap the same functions,
-`Llama.step`, `Llama.logits`, the adapter and the drafter's `draft_step` and `predict`, and the
+`Llama.step`, `Llama.logits`, the adapter and the drafter's `draft_step` and `choose`, and the
 algorithm in `kangaroo.py` does not know of them. The same kernels run: graphs on and off give the
 same bits.
 
@@ -64,13 +64,16 @@ def exact_kernels(tf32=False):
 
 
 def fuse_pointwise(backend="inductor"):
-    """Let torch.compile make one kernel of each chain of pointwise operations.
+    """Let torch.compile make one kernel of each chain of pointwise operations: RoPE and writing to
+    the cache, SiLU times up, and the norm where PyTorch has no kernel for it.
 
     For both, who drafts and who does not, or for neither. Whole layers are not compiled: that would
     choose kernels by the length of the view, and take minutes.
     """
-    for name in ("rotate", "silu_and_multiply"):
-        function = getattr(llama, name)
+    functions = {name: getattr(llama, name) for name in ("rotate_and_write", "silu_and_multiply")}
+    if not llama.FUSED_NORM:
+        functions["rms_norm"] = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    for name, function in functions.items():
         # Not one that is compiled already.
         function = getattr(function, "_torchdynamo_orig_callable", function)
         setattr(llama, name, torch.compile(function, fullgraph=True, dynamic=True, backend=backend))
@@ -304,17 +307,37 @@ class GraphedAdapter:
 class GraphedDrafter:
     """What `graph_drafter` adds to a KangarooDrafter; `bare` is that, without model and text."""
 
-    def predict(self, x):
-        """Replayed: from the adapter's state to the confidence."""
-        bare = self.bare
+    def choose(self, x, position, depth=None):
+        """Replayed: from the adapter's states to the drafted tokens and their probabilities."""
         if self.fused:  # what the draft step's recording does not do is rare
-            return bare.predict(x)
-        key = ("predict", id(bare.adapter), bare.sampler.temperature,
-               getattr(bare, "candidates", 1), x.shape)
-        return self.model.graphs.run(key, bare.predict, x)
+            return super().choose(x, position, depth)
+        bare, graphs = self.bare, self.model.graphs
+
+        def recorded(x, *noise):
+            return with_noise(bare, *noise).choose(x, 0),
+
+        key = "choose", *self.key(), getattr(bare, "candidates", 1)
+        noise = self.noise(position + i for i in depth or range(len(x)))
+        if (*key, len(x)) not in graphs.recordings:  # a tree may soon have any number of open nodes
+            for n in range(1, getattr(bare, "nodes", 1) + 1):
+                graphs.run((*key, n), recorded, *(t.new_zeros(n, t.shape[1]) for t in (x, *noise)))
+        return graphs.run((*key, len(x)), recorded, x, *noise)[0]
+
+    def key(self):
+        """What is not a tensor, and recordings of this drafter depend on."""
+        sampler = self.bare.sampler
+        return id(self.bare.adapter), sampler.temperature, sampler.top_k, sampler.top_p
+
+    def noise(self, positions):
+        """What a recording is given of the sampler's noise: (T, vocab_size), or nothing if it is
+        greedy."""
+        if not self.sampler.temperature:
+            return []
+        size, device = self.model.config.vocab_size, self.model.device
+        return [torch.stack([self.sampler.noise(t, size, device) for t in positions])]
 
     def draft_step(self, token, position, cache):
-        """Greedy: one replay, from a token to the one that is drafted to follow it."""
+        """One replay, from a token to the one that is drafted to follow it."""
         bare, model, depth, width = self.bare, self.model.model, self.depth, self.width
         late = position - self.seen  # rows that the adapter has not seen before this one
         known = self.model.knows(cache) and self.model.knows(self.adapter_cache)
@@ -323,23 +346,31 @@ class GraphedDrafter:
         shallow = FixedView(cache.view(position + width))
         own = FixedView(self.adapter_cache.view(self.seen + width))
 
-        def recorded(numbers, before):
+        def recorded(numbers, before, *noise):
             token, position, late = numbers.split(1)
             h = model.step(token, position, shallow, width, 0, depth)[:, :1]
             # The adapter's rows are this one or, if it is a row late, the one before and this one.
             rows = torch.cat((before, h, torch.zeros_like(h)), 1)
             rows = rows.index_select(1, torch.arange(1, 3, device=h.device) - late)
             x = bare.adapter(*one_shape(rows, position - late, own, width))
-            logits, top = bare.predict(x[0].index_select(0, late))
-            return h, torch.cat((bare.sampler.choose(logits, None).double(), top[:, 0].double()))
+            return h, with_noise(bare, *noise).choose(x[0].index_select(0, late), 0)
 
-        key = "draft", id(bare.adapter), depth, width, *shallow.key, *own.key
+        key = "draft", *self.key(), depth, width, *shallow.key, *own.key
         before = max(0, position - 1)
         h, drafted = self.model.graphs.run(
             key, recorded, pinned([token, position, late], self.model.device),
-            self.states[:, before:before + 1])
+            self.states[:, before:before + 1], *self.noise([position + 1]))
         self.states[:, position], self.seen = h[:, 0], position + 1
         return drafted
+
+
+def with_noise(drafter, noise=None):
+    """A copy of the drafter whose sampler has this noise at the positions 0, 1, …: (T, vocab_size),
+    or none if it is greedy."""
+    drafter = copy.copy(drafter)
+    drafter.sampler = copy.copy(drafter.sampler)
+    drafter.sampler.noise = lambda position, *_: noise[position]
+    return drafter
 
 
 @lru_cache(maxsize=None)  # noqa: UP033 — one class each
@@ -349,11 +380,11 @@ def graphed_class(cls):
 
 def graph_drafter(drafter):
     """Replay the draft steps of a new KangarooDrafter, or of its tree the LM head; returns it."""
-    bare = copy.copy(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
+    bare = with_noise(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
     bare.model, bare.adapter = drafter.model.model, getattr(drafter.adapter, "adapter",
                                                             drafter.adapter)
     drafter.bare, drafter.__class__ = bare, graphed_class(type(drafter))
-    drafter.fused = (not bare.sampler.temperature and not hasattr(bare, "candidates")
+    drafter.fused = (not hasattr(bare, "candidates")
                      and type(bare).adapt is KangarooDrafter.adapt)
     if drafter.fused:
         drafter.adapter = bare.adapter

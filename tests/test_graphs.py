@@ -5,6 +5,7 @@ import random
 import warnings
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import llama
 from drafters.lookup import PromptLookupDrafter
+from drafters.tree import TreeDrafter
 from kangaroo import KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler
 from support.decoder import load
@@ -250,6 +252,26 @@ def test_calls_outside_of_recordings():
     assert counts[1] - counts[0] <= 2 * 26
 
 
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.9, seed=3)],
+                         ids=["greedy", "sampled"])
+@pytest.mark.parametrize("width, replays", [(8, 1), (16, 3)], ids=["chain", "tree"])
+def test_replays_of_a_draft_step(monkeypatch, width, replays, sampler):
+    """One in a chain. In a tree three: shallow layers, adapter, LM head with the choice, whose rows
+    are the open nodes. And in each round one for the last drafted token, one for verification."""
+    stand_in, steps, model = StandIn(), [], random_model()
+    graphed, adapter = GraphedLlama(model, (width,), stand_in), random_adapter(model)
+    cls, name = (KangarooDrafter, "propose") if width == 8 else (TreeDrafter, "children")
+    step = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda *args: steps.append(1) or step(*args))
+    for _ in ("recorded", "replayed"):
+        stand_in.replays = 0
+        steps.clear()
+        *_, drafts = decode(graphed, "kangaroo", [1, 2], 30, adapter, sampler=sampler, steps=5,
+                            width=width, candidates=1 if width == 8 else 3)
+    assert len(steps) > len(drafts)
+    assert stand_in.replays == replays * len(steps) + 2 * len(drafts)
+
+
 @pytest.mark.parametrize("drafter", ["kangaroo", "tree"])
 @pytest.mark.parametrize("sampler", [None, Sampler(0.8, seed=3)], ids=["greedy", "sampled"])
 def test_nothing_is_recorded_after_the_warm_up(drafter, sampler, tmp_path):
@@ -269,9 +291,8 @@ def test_nothing_is_recorded_after_the_warm_up(drafter, sampler, tmp_path):
             list(decoder.rounds(ids, name, 90, sampler, width))
     more = set(decoder.model.graphs.recordings) - before
     assert decoder.model.memory[decoder.model.config].rows is rows
-    # Where a tree's open nodes are of another number, and where the adapter and the target have
-    # different views, at an edge.
-    assert all(key[0] == "predict" or key[0] == "draft" and key[-4] != key[-2] for key in more)
+    # Where the adapter and the target have different views, at an edge.
+    assert all(key[0] == "draft" and key[-4] != key[-2] for key in more)
 
 
 def test_static_buffers():
@@ -310,21 +331,22 @@ def test_padding_and_other_shapes():
 
 
 def test_what_a_recording_depends_on_is_in_its_key():
-    """Temperature, candidates and adapter are Python values inside `predict`: another value,
-    another recording."""
+    """The sampler's settings, candidates and adapter are Python values inside `choose`: another
+    value, another recording. The seed is none: noise comes as a tensor."""
     model, stand_in = random_model(), StandIn()
     graphed = GraphedLlama(model, (16,), stand_in)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    for adapter in (random_adapter(model, 1), random_adapter(model, 2)):
-        adapter.draft_from(torch.arange(10 + len(stand_in.functions)), model.lm_head)
-        for temperature in (0.0, 2.0):
-            for candidates in (1, 4):
-                sampler = Sampler(temperature)
+    for number in (1, 2):
+        adapter = random_adapter(model, number)
+        adapter.draft_from(torch.arange(10 * number), model.lm_head)
+        for settings in ((0.0,), (2.0,), (2.0, 9), (2.0, 0, 0.6)):
+            for candidates, seed in ((1, 0), (4, 0), (4, 1)):
+                sampler = Sampler(*settings, seed=seed)
                 drafter = kangaroo_drafter(graphed, adapter, 1, 0, sampler, 16, candidates)
-                plain = drafter.predict(x)
-                for a, b in zip(graph_drafter(drafter).predict(x), plain, strict=True):
-                    assert torch.equal(a, b)
-    assert len(stand_in.functions) == 8 - 2  # greedy chains: not on its own, see draft_step
+                plain = drafter.choose(x, 5, [1, 1])
+                assert torch.equal(graph_drafter(drafter).choose(x, 5, [1, 1]), plain)
+    # Of all numbers of open nodes at once. Chains not on their own: see draft_step.
+    assert len(stand_in.functions) == 2 * 4 * 15
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -398,17 +420,25 @@ def test_attention_by_chunk_is_attention(start):
                               llama.attend(q, k, v, rows), atol=1e-12)
 
 
-def test_compiled_pointwise_operations_are_the_same_functions(monkeypatch):
-    """`fuse_pointwise` without a compiler behind it: the same values, at every shape; twice is
-    once."""
-    x, y = torch.randn(1, 8, 3, 16), torch.randn(8, 1, 16)
-    expected = llama.rotate(x, y, y), llama.silu_and_multiply(x)
-    for name in ("rotate", "silu_and_multiply"):
-        monkeypatch.setattr(llama, name, getattr(llama, name))
-    for _ in range(2):
-        fuse_pointwise(backend="eager")
-        assert torch.equal(llama.rotate(x, y, y), expected[0]) and torch.equal(
-            llama.silu_and_multiply(x), expected[1])
+@pytest.mark.parametrize("fused_norm", [True, False])
+def test_compiled_pointwise_operations_are_the_same_functions(monkeypatch, fused_norm):
+    """`fuse_pointwise` without a compiler behind it: the same states and cache at every shape, up
+    to the rounding of another formula of the norm; twice is once."""
+    monkeypatch.setattr(llama, "FUSED_NORM", fused_norm)
+    model, found = random_model(), []
+    for compiled in (False, True, True):
+        if compiled:
+            for name in ("rotate_and_write", "silu_and_multiply", "rms_norm"):
+                monkeypatch.setattr(llama, name, getattr(llama, name))
+            fuse_pointwise(backend="eager")
+        cache = model.new_cache(40)
+        found.append([model.step([1, 2, 3], 0, cache, 8, 0, 4),
+                      model.step([4], 3, cache, 16, 0, 4), cache.rows])
+    assert not hasattr(llama.rms_norm, "_torchdynamo_orig_callable") or not fused_norm
+    for before, after, again in zip(*found, strict=True):
+        same = torch.equal if fused_norm else partial(torch.allclose, atol=1e-5)
+        assert same(before, after)
+        assert torch.equal(after, again)
 
 
 @pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
