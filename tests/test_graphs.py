@@ -81,8 +81,9 @@ def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, ca
     graphed = isinstance(model, GraphedLlama)
     if kind == "kangaroo":
         adapter = GraphedAdapter(adapter, model) if graphed else adapter
-        drafter = kangaroo_drafter(model, adapter, exit_layer, threshold, options["sampler"],
-                                   options["width"], candidates)
+        make = getattr(adapter, "drafter", partial(kangaroo_drafter, candidates=candidates))
+        drafter = make(model, adapter, exit_layer, threshold, sampler=options["sampler"],
+                       width=options["width"])
         drafter = graph_drafter(drafter) if graphed else drafter
     else:
         drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
