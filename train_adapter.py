@@ -319,10 +319,15 @@ def grouped(items, size):
 # --------------------------------------------------------------------------------------------------
 # The adapter, before and after
 
-def new_adapter(cls, model):
-    """An adapter in float32 that begins as the target's final norm alone.
+UNSURE = 0.3  # of the target's final norm: what a new adapter begins with
 
-    That is, its residual branches start at zero.
+
+def new_adapter(cls, model):
+    """An adapter in float32 that begins as the target's final norm alone, and as unsure.
+
+    That is, its residual branches start at zero. What it says of the exit state is wrong, and would
+    be said with the certainty of a trained model: so that need not be unlearned first, its norm is
+    scaled down (docs/training.md has the trial).
     """
     adapter = cls(replace(model.config, num_hidden_layers=1))
     for name, weight in named_weights(adapter).items():
@@ -330,7 +335,7 @@ def new_adapter(cls, model):
             weight.data.zero_()
         elif weight.dim() > 1:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
-    adapter.norm.weight.data.copy_(model.norm.weight)
+    adapter.norm.weight.data.copy_(UNSURE * model.norm.weight)
     return adapter.to(model.norm.weight.device)
 
 
