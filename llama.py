@@ -312,8 +312,9 @@ def attend_by_chunk(q, k, v, mask):
     A kernel that goes through the keys one after another keeps as many multiprocessors of a GPU
     busy as there are heads. With the chunks as a batch it is as many times more as there are
     chunks. Each has a softmax of its own; their shares in the whole are exp of its logsumexp, in
-    float32. A softmax over nothing is NaN. So in the last chunk, which may lie wholly behind a row,
-    the row sees the first key, with a share that rounds to 0. (This step has written that key.)
+    float32. (Plain products would round bfloat16 scores; the kernel keeps them in float32.) A
+    softmax over nothing is NaN. So in the last chunk, which may lie wholly behind a row, the row
+    sees the first key, with a share that rounds to 0. (This step has written that key.)
     """
     K, R = q.shape[1:3]
     k, v = (x[0].unflatten(1, (-1, CHUNK)).transpose(0, 1) for x in (k, v))  # (N, K, CHUNK, D)

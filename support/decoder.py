@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
@@ -298,15 +299,18 @@ class Decoder:
 
         The first pass over a shape compiles kernels, and with graphs the first in a view of the
         cache is recorded. So each of `methods`, pairs of a drafter and the rows of a step as
-        `rounds` takes them, decodes a round in every view that the texts reach.
+        `rounds` takes them, decodes a round in every view that the texts reach; and at its edge one
+        that follows a round without a draft, when the adapter is a row late.
         """
         steps = self.make_room(prompts, max_new_tokens)
         for drafter, width in methods:
             starts = self.model.starts(*steps, width or self.width) if self.graphed else steps[:1]
             for start in starts:
                 text = prompts[0] * (1 + start // len(prompts[0]))
-                next(self.rounds(text[:start + 1], drafter, self.width + 1, sampler, width,
-                                 settings))
+                for before in (0, 1) if start > steps[0] else (0,):
+                    rounds = self.rounds(text[:start + 1 - before], drafter, self.width + 1,
+                                         sampler, width, settings)
+                    list(islice(rounds, 1 + before))
 
     def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
         """A drafter for one text, by its name in DRAFTERS."""

@@ -290,10 +290,8 @@ def test_nothing_is_recorded_after_the_warm_up(drafter, sampler, tmp_path):
     for ids in prompts:
         for name, width in methods:
             list(decoder.rounds(ids, name, 90, sampler, width))
-    more = set(decoder.model.graphs.recordings) - before
     assert decoder.model.memory[decoder.model.config].rows is rows
-    # Where the adapter and the target have different views, at an edge.
-    assert all(key[0] == "draft" and key[-4] != key[-2] for key in more)
+    assert set(decoder.model.graphs.recordings) == before
 
 
 def test_static_buffers():
