@@ -240,11 +240,11 @@ class KangarooDrafter(NoDrafter):
 
     def propose(self, token, position, cache):
         """The token drafted to follow `token`, and the drafter's top-1 probability there."""
-        (token, top), = self.draft_step(token, position, cache)[0].tolist()  # one host sync
+        token, top = self.draft_step(token, position, cache).flatten().tolist()  # one host sync
         return int(token), top
 
     def draft_step(self, token, position, cache):
-        """What `propose` returns, as `choose` has it."""
+        """What `propose` returns, as a tensor (1, 1, 2) float64."""
         self.run_to_exit(token, position, cache)
         return self.choose(self.adapt(position + 1), position + 1)
 

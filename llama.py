@@ -87,10 +87,10 @@ class KVCache:
     """
     BLOCK = {"cpu": 64, "cuda": 256}  # a view grows by so many positions
 
-    def __init__(self, rows, length, by_layer=None):
+    def __init__(self, rows, length, layers=None):
         self.rows = rows      # (2, layers, 1, positions, kv_heads, head_dim), keys and values
         self.length = length  # how many positions are in view
-        self.k, self.v = by_layer or (list(rows[0]), list(rows[1]))
+        self.layers = layers or list(rows.unbind(1))
         self.slots = self.columns = None  # set by one_shape: slots for trees, columns if width > 8
 
     @classmethod
@@ -111,7 +111,7 @@ class KVCache:
 
         Attention costs what is in view, not what there is room for.
         """
-        return KVCache(self.rows, self.in_view(end, self.rows.device), (self.k, self.v))
+        return KVCache(self.rows, self.in_view(end, self.rows.device), self.layers)
 
     def keep(self, start, path):
         """After a step whose node i stands at row start + i: move the rows of the nodes `path` to
@@ -272,11 +272,14 @@ def rotate_all(qkv, heads, cos, sin):
     return qk[:, :, :heads], qk[:, :, heads:], qkv[:, :, both:]
 
 
-def rotate_and_write(qkv, heads, cos, sin, slots, keys, values):
-    """The same; k and v go to the rows slots (T,) of keys and values, a layer's in the KV cache."""
-    q, k, v = rotate_all(qkv, heads, cos, sin)
-    keys.index_copy_(1, slots, k)
-    values.index_copy_(1, slots, v)
+def rotate_and_write(qkv, heads, cos, sin, slots, layer):
+    """The same, but k and v go to the rows slots (T,) of a layer's cache (2, B, S, kv_heads,
+    head_dim); returns q.
+
+    In one write: of two to one memory torch.compile before 2.13 makes copies of the whole cache.
+    """
+    q, *kv = rotate_all(qkv, heads, cos, sin)
+    layer.index_copy_(2, slots, torch.stack(kv))
     return q
 
 
@@ -375,9 +378,9 @@ class Attention(nn.Module):
         if cache is None:
             q, k, v = rotate_all(qkv, self.heads, rows.cos, rows.sin)
         else:
-            k, v = cache.k[layer], cache.v[layer]
-            q = rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, k, v)
-            k, v = k[:, :cache.length], v[:, :cache.length]  # (1, S, K, D)
+            both = cache.layers[layer]
+            q = rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, both)
+            k, v = both[:, :, :cache.length]  # (1, S, K, D)
         y = attend(q, k, v, rows) if rows.columns is None else attend_in_order(q, k, v, rows)
         return self.o_proj(y.flatten(2))
 

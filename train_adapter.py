@@ -323,11 +323,11 @@ UNSURE = 0.3  # of the target's final norm: what a new adapter begins with
 
 
 def new_adapter(cls, model):
-    """An adapter in float32 that begins as the target's final norm alone, and as unsure.
+    """An adapter in float32 that begins as the target's final norm alone, scaled down.
 
-    That is, its residual branches start at zero. What it says of the exit state is wrong, and would
-    be said with the certainty of a trained model: so that need not be unlearned first, its norm is
-    scaled down (docs/training.md has the trial).
+    Its residual branches start at zero. What it then says of the exit state is wrong, and with the
+    target's own norm it would say that with a trained model's certainty, which would have to be
+    unlearned first (docs/training.md has the trial).
     """
     adapter = cls(replace(model.config, num_hidden_layers=1))
     for name, weight in named_weights(adapter).items():

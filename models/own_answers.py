@@ -36,8 +36,8 @@ def answers(model, prompts, max_new_tokens):
     length, alive = len(prompts[0]), list(range(len(prompts)))
     room = min(length + max_new_tokens, model.config.max_position_embeddings)
     cache = model.new_cache(room)
-    for rows in (cache.k, cache.v):
-        rows[:] = [row.expand(len(prompts), -1, -1, -1).contiguous() for row in rows]
+    cache.layers[:] = [layer.expand(-1, len(prompts), -1, -1, -1).contiguous()
+                       for layer in cache.layers]
     ids = torch.tensor(prompts, device=model.norm.weight.device)
     result, position = [[] for _ in prompts], 0
     while alive:
@@ -54,7 +54,7 @@ def answers(model, prompts, max_new_tokens):
             break
         if len(rows) < len(alive):  # those that have ended leave the batch
             alive, ids = [alive[row] for row in rows], ids[rows]
-            cache.k[:], cache.v[:] = [k[rows] for k in cache.k], [v[rows] for v in cache.v]
+            cache.layers[:] = [layer[:, rows] for layer in cache.layers]
     return result
 
 

@@ -34,6 +34,7 @@ from support.datastore import read_datastore
 from support.graphs import (
     GraphedAdapter,
     GraphedLlama,
+    GraphedSampler,
     exact_kernels,
     fuse_pointwise,
     graph_drafter,
@@ -309,7 +310,7 @@ class Decoder:
                 text = prompts[0] * (1 + start // len(prompts[0]))
                 for before in (0, 1) if start > steps[0] else (0,):
                     rounds = self.rounds(text[:start + 1 - before], drafter, self.width + 1,
-                                         sampler, width, settings)
+                                         sampler, width, settings, eos=())
                     list(islice(rounds, 1 + before))
 
     def drafter(self, name="kangaroo", sampler=None, settings=None, width=None):
@@ -345,8 +346,11 @@ class Decoder:
         settings = settings or self.settings(drafter if named else "none")
         drafter = self.drafter(drafter, sampler, settings, width) if named else drafter
         eos = self.model.config.eos_token_ids if eos is None else eos
+        width = width or self.width
+        if self.graphed and sampler:
+            sampler = GraphedSampler(sampler, self.model, width)
         return generate(self.model, drafter, ids, max_new_tokens, settings.steps, sampler, eos,
-                        width or self.width)
+                        width)
 
     def generate(self, prompt, drafter="kangaroo", max_new_tokens=128, sampler=None,
                  show=lambda text, drafted: None, watch=lambda round_: None, drafting=None,

@@ -64,8 +64,8 @@ def exact_kernels(tf32=False):
 
 
 def fuse_pointwise(backend="inductor"):
-    """Let torch.compile make one kernel of each chain of pointwise operations: RoPE and writing to
-    the cache, SiLU times up, and the norm where PyTorch has no kernel for it.
+    """Let torch.compile fuse chains of small operations: RoPE and writing to the cache, SiLU times
+    up, and the norm where PyTorch has no kernel for it.
 
     For both, who drafts and who does not, or for neither. Whole layers are not compiled: that would
     choose kernels by the length of the view, and take minutes.
@@ -76,7 +76,7 @@ def fuse_pointwise(backend="inductor"):
     for name, function in functions.items():
         # Not one that is compiled already.
         function = getattr(function, "_torchdynamo_orig_callable", function)
-        setattr(llama, name, torch.compile(function, fullgraph=True, dynamic=True, backend=backend))
+        setattr(llama, name, torch.compile(function, dynamic=True, backend=backend))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class FixedView:
     """The view of a cache that a recording has, wherever its steps start."""
 
     def __init__(self, view):
-        self.parts = view.rows, view.length, (view.k, view.v)  # the view itself may be on loan
+        self.parts = view.rows, view.length, view.layers  # the view itself may be on loan
         self.key = view.length, id(view.rows)
 
     def view(self, end=None):
@@ -144,7 +144,7 @@ class Graphs:
     """
 
     def __init__(self, record, device=None):
-        self.record, self.recordings = record, {}
+        self.record, self.recordings, self.memory = record, {}, {}
         self.device = device or getattr(record, "device", "cpu")
 
     @torch.inference_mode()
@@ -154,7 +154,7 @@ class Graphs:
         Tensors of the host (`llama.pinned`) are copied to `device`.
         """
         if key not in self.recordings:
-            inputs = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in tensors]
+            inputs = [self.static(*numbered) for numbered in enumerate(tensors)]
             recording = self.record(function, inputs)
             self.recordings[key] = function, inputs, *recording  # what it uses stays alive
         _, inputs, replay, outputs = self.recordings[key]
@@ -164,12 +164,30 @@ class Graphs:
         # The next replay, of any recording, may use this memory.
         return tuple(output.clone() for output in outputs)
 
+    def run_rows(self, key, function, most, *tensors):
+        """function(*tensors), one tensor, where all have as many rows, 1 … `most`.
+
+        When the first number of rows is needed, all are recorded, the largest first.
+        """
+        if (*key, len(tensors[0])) not in self.recordings:
+            for n in range(most, 0, -1):
+                self.run((*key, n), function, *(t.new_zeros(n, *t.shape[1:]) for t in tensors))
+        return self.run((*key, len(tensors[0])), function, *tensors)[0]
+
+    def static(self, number, tensor):
+        """A copy of this input, in memory that recordings share, since they never run at once."""
+        rows = tensor if tensor.dim() else tensor[None]
+        key = number, rows.dtype, rows.shape[1:]
+        if key not in self.memory or len(self.memory[key]) < len(rows):
+            self.memory[key] = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
+        return self.memory[key][:len(rows)].view(tensor.shape).copy_(tensor, non_blocking=True)
+
     def forget(self):
         """Drop all recordings.
 
         Not some: they share one stream, whose cuBLAS workspace may go with the first that does.
         """
-        self.recordings = {}
+        self.recordings, self.memory = {}, {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,37 +322,70 @@ class GraphedAdapter:
                             positions, cache)[0]
 
 
+def settings_of(sampler):
+    """What recordings of a sampler depend on, but for its noise, which is an input of theirs."""
+    return sampler.temperature, sampler.top_k, sampler.top_p
+
+
+def noise_of(sampler, positions, model):
+    """That input: [(T, vocab_size)], or nothing if the sampler is greedy."""
+    if not sampler.temperature:
+        return []
+    return [torch.stack([sampler.noise(position, model.config.vocab_size, model.device)
+                         for position in positions])]
+
+
+def with_noise(sampler, noise=None):
+    """A copy that has this noise (T, vocab_size) at the positions 0, 1, …
+
+    None: of a sampler that is greedy, or never draws.
+    """
+    sampler = copy.copy(sampler)
+    sampler.noise = lambda position, *_: noise[position]
+    return sampler
+
+
+class GraphedSampler:
+    """A sampler whose choice is replayed for up to `width` rows, as those of a verification."""
+
+    def __init__(self, sampler, model, width):
+        self.sampler, self.model, self.width = sampler, model, width
+
+    def choose(self, logits, position, depth=None):
+        if not self.sampler.temperature:  # a single kernel
+            return self.sampler.choose(logits, position, depth)
+        bare = with_noise(self.sampler)  # without the noise that it keeps
+
+        def recorded(logits, noise):
+            return (with_noise(bare, noise).choose(logits, 0),)
+
+        positions = (position + i for i in depth or range(len(logits)))
+        return self.model.graphs.run_rows(("sample", *settings_of(bare)), recorded, self.width,
+                                          logits, *noise_of(self.sampler, positions, self.model))
+
+
 class GraphedDrafter:
     """What `graph_drafter` adds to a KangarooDrafter; `bare` is that, without model and text."""
 
     def choose(self, x, position, depth=None):
-        """Replayed: from the adapter's states to the drafted tokens and their probabilities."""
+        """Replayed: from the adapter's states to the drafted tokens and their probabilities.
+
+        The rows of a tree are its open nodes, at most one less than it may have nodes.
+        """
         if self.fused:  # what the draft step's recording does not do is rare
             return super().choose(x, position, depth)
-        bare, graphs = self.bare, self.model.graphs
+        bare, most = self.bare, max(1, getattr(self.bare, "nodes", 1) - 1)
 
         def recorded(x, *noise):
-            return with_noise(bare, *noise).choose(x, 0),
+            return (drawing(bare, *noise).choose(x, 0),)
 
         key = "choose", *self.key(), getattr(bare, "candidates", 1)
-        noise = self.noise(position + i for i in depth or range(len(x)))
-        if (*key, len(x)) not in graphs.recordings:  # a tree may soon have any number of open nodes
-            for n in range(1, getattr(bare, "nodes", 1) + 1):
-                graphs.run((*key, n), recorded, *(t.new_zeros(n, t.shape[1]) for t in (x, *noise)))
-        return graphs.run((*key, len(x)), recorded, x, *noise)[0]
+        noise = noise_of(self.sampler, (position + i for i in depth or range(len(x))), self.model)
+        return self.model.graphs.run_rows(key, recorded, most, x, *noise)
 
     def key(self):
         """What is not a tensor, and recordings of this drafter depend on."""
-        sampler = self.bare.sampler
-        return id(self.bare.adapter), sampler.temperature, sampler.top_k, sampler.top_p
-
-    def noise(self, positions):
-        """What a recording is given of the sampler's noise: (T, vocab_size), or nothing if it is
-        greedy."""
-        if not self.sampler.temperature:
-            return []
-        size, device = self.model.config.vocab_size, self.model.device
-        return [torch.stack([self.sampler.noise(t, size, device) for t in positions])]
+        return id(self.bare.adapter), *settings_of(self.bare.sampler)
 
     def draft_step(self, token, position, cache):
         """One replay, from a token to the one that is drafted to follow it."""
@@ -353,23 +404,22 @@ class GraphedDrafter:
             rows = torch.cat((before, h, torch.zeros_like(h)), 1)
             rows = rows.index_select(1, torch.arange(1, 3, device=h.device) - late)
             x = bare.adapter(*one_shape(rows, position - late, own, width))
-            return h, with_noise(bare, *noise).choose(x[0].index_select(0, late), 0)
+            return h, drawing(bare, *noise).choose(x[0].index_select(0, late), 0)
 
         key = "draft", *self.key(), depth, width, *shallow.key, *own.key
         before = max(0, position - 1)
         h, drafted = self.model.graphs.run(
             key, recorded, pinned([token, position, late], self.model.device),
-            self.states[:, before:before + 1], *self.noise([position + 1]))
+            self.states[:, before:before + 1],
+            *noise_of(self.sampler, [position + 1], self.model))
         self.states[:, position], self.seen = h[:, 0], position + 1
         return drafted
 
 
-def with_noise(drafter, noise=None):
-    """A copy of the drafter whose sampler has this noise at the positions 0, 1, …: (T, vocab_size),
-    or none if it is greedy."""
+def drawing(drafter, noise=None):
+    """A copy of the drafter whose sampler is `with_noise`."""
     drafter = copy.copy(drafter)
-    drafter.sampler = copy.copy(drafter.sampler)
-    drafter.sampler.noise = lambda position, *_: noise[position]
+    drafter.sampler = with_noise(drafter.sampler, noise)
     return drafter
 
 
@@ -379,8 +429,12 @@ def graphed_class(cls):
 
 
 def graph_drafter(drafter):
-    """Replay the draft steps of a new KangarooDrafter, or of its tree the LM head; returns it."""
-    bare = with_noise(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
+    """Replay the draft steps of a new KangarooDrafter; returns it.
+
+    A chain's whole; of a tree or a deep adapter the LM head with the choice, besides what the model
+    and its adapter replay.
+    """
+    bare = drawing(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
     bare.model, bare.adapter = drafter.model.model, getattr(drafter.adapter, "adapter",
                                                             drafter.adapter)
     drafter.bare, drafter.__class__ = bare, graphed_class(type(drafter))

@@ -46,7 +46,7 @@ class CheckedDrafter:
     def draft(self, ids, n_max, cache):
         draft, fresh = self.inner.draft(ids, n_max, cache), self.make()
         fresh_cache = KVCache.zeros(fresh.model.config, len(fresh.model.layers), cache.length,
-                                    cache.k[0])
+                                    cache.rows)
         h = fresh.prefill(ids[:-1], fresh_cache)
         if len(ids) > 1:  # as `generate` does
             layers = partial(fresh.model.run_layers, first=fresh.depth,

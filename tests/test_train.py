@@ -54,7 +54,7 @@ from support.data import (
     split,
 )
 from support.tokenizer import Tokenizer
-from train_adapter import LOSSES, Target
+from train_adapter import LOSSES, Target, new_adapter
 
 SCRIPT = Path(train_adapter.__file__).resolve()
 PAIRS = list(zip([None, 20, 20, None], LOSSES))  # --vocabulary and --loss
@@ -149,6 +149,16 @@ def test_the_loss_falls(train, tmp_path, architecture, data, loss, vocabulary):
     assert updates[-1]["acceptance"] > 1.5 * updates[0]["acceptance"]
     before, after = (line["held_out"] for line in held_out)
     assert after["loss"] < before["loss"] and 1 <= after["compression_rate"] <= 7
+
+
+def test_a_new_adapter_is_unsure():
+    """Guards the first updates: wrong at first, it should not say so with a trained model's
+    certainty."""
+    model, x = random_model(), torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    said = model.lm_head(new_adapter(ADAPTERS["layer"], model)(x, torch.arange(5))).softmax(-1)
+    sure = model.logits(x).softmax(-1)
+    assert torch.equal(said.argmax(-1), sure.argmax(-1))  # of its own it adds nothing yet
+    assert (said.amax(-1) < 0.5 * sure.amax(-1)).all()
 
 
 def tiny_target(architecture="layer", n=None, seed=0):

@@ -180,7 +180,7 @@ class PlainDrafter(KangarooDrafter):
     def draft(self, ids, n_max, cache):
         run, tokens, confidence, states = list(ids), [], [], None
         while True:
-            fresh = KVCache.zeros(self.model.config, self.depth, len(run), cache.k[0])
+            fresh = KVCache.zeros(self.model.config, self.depth, len(run), cache.rows)
             positions = torch.arange(len(run), device=fresh.rows.device)
             states = self.model.run_layers(self.model.embed(run), positions, fresh, 0, self.depth)
             if len(tokens) == n_max or (tokens and confidence[-1] <= self.threshold):
