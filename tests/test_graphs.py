@@ -64,10 +64,10 @@ class StandIn:
 
         def counted():
             self.replays += 1
+            given = {x.data_ptr() for x in inputs}  # no layers at all hand on what they were given
             for static in self.outputs:
                 for tensor in static:
-                    if not any(tensor is x
-                               for x in inputs):  # no layers at all hand on what they were given
+                    if tensor.data_ptr() not in given:
                         tensor.fill_(77)
             replay()
         return counted, outputs
