@@ -63,10 +63,9 @@ WIDTHS = {"chain": (8, 1), "deep": (8, 1), "wide": (16, 1), "tree": (16, 3)}  # 
 
 
 @pytest.mark.parametrize("kind, sampler, dtype, group", [
-    ("chain", GREEDY, F32, 2), ("chain", GREEDY, BF16, 1), ("chain", SAMPLED, BF16, 2),
-    ("deep", SAMPLED, BF16, 2),
-    ("wide", GREEDY, BF16, 2), ("wide", SAMPLED, F32, 1), ("tree", GREEDY, F32, 1),
-    ("tree", GREEDY, BF16, 2), ("tree", SAMPLED, F32, 2), ("tree", SAMPLED, BF16, 1)])
+    ("chain", GREEDY, F32, 2), ("chain", SAMPLED, BF16, 1), ("deep", GREEDY, BF16, 2),
+    ("wide", GREEDY, BF16, 2), ("wide", SAMPLED, F32, 1), ("tree", GREEDY, BF16, 1),
+    ("tree", SAMPLED, F32, 2)])
 def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, group):
     """Tokens, drafts and both caches, bit for bit, text after text, and vanilla's tokens.
 
@@ -82,7 +81,7 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
                         lambda *args: grown.append(1) or children(*args))  # a tree's draft step
     options = dict(adapter=adapter, sampler=sampler, steps=width - 1, width=width,
                    candidates=candidates)
-    for prompt, n in (([5], 20), ([7, 8, 9], 12)):  # the second finds all recorded
+    for prompt, n in (([5], 13), ([7, 8, 9], 10)):  # the second finds all recorded
         eager = decode(model, "kangaroo", prompt, n, **options)
         grown.clear(), gpu.syncs.clear(), gpu.pageable.clear()
         replayed, syncs = decode(graphed, "kangaroo", prompt, n, **options), len(gpu.syncs)
@@ -121,10 +120,9 @@ def test_the_command_line(gpu, more, folder, capsys):
     assert bool(gpu.replays) == ("--no-graphs" not in more) == ("CUDA graphs" in err)
 
 
-@pytest.mark.parametrize("architecture", ["attention", "deep"])
-def test_training(folder, tmp_path, capsys, architecture):
-    """train_adapter.py on CUDA: an update, and --resume from its checkpoint, which has no update
-    left; the weights are the CPU's, up to rounding."""
+def test_training(folder, tmp_path, capsys):
+    """train_adapter.py on CUDA, of the adapter with a mask of its own: an update, and --resume from
+    its checkpoint, which has no update left; the weights are the CPU's, up to rounding."""
     data = tmp_path / "text.txt"
     data.write_text("\n\n".join(TEXT * 40), encoding="utf-8")
 
@@ -134,7 +132,7 @@ def test_training(folder, tmp_path, capsys, architecture):
             "--model", str(folder), "--data", str(data), "--exit-layer", "1", "--out", str(out),
             "--device", device, "--dtype", "float32", "--updates", str(updates), "--batches", "1",
             "--batch-tokens", "256", "--max-length", "64", "--save-every", "1", "--warmup", "1",
-            "--eval-prompts", "1", "--eval-documents", "2", "--architecture", architecture, *more])
+            "--eval-prompts", "1", "--eval-documents", "2", "--architecture", "deep", *more])
         assert status == 0, capsys.readouterr().err
         return load_file(out / "adapter.safetensors")
 
