@@ -271,14 +271,16 @@ def test_replays_of_a_draft_step(monkeypatch, make, width, replays, sampler):
     cls, name = (KangarooDrafter, "propose") if width == 8 else (TreeDrafter, "children")
     step = getattr(cls, name)
     monkeypatch.setattr(cls, name, lambda *args: steps.append(1) or step(*args))
+    options = dict(sampler=sampler, steps=5, width=width, candidates=1 if width == 8 else 3)
     for _ in ("recorded", "replayed"):
         stand_in.replays = 0
         steps.clear()
-        *_, drafts = decode(graphed, "kangaroo", [1, 2], 30, adapter, sampler=sampler, steps=5,
-                            width=width, candidates=1 if width == 8 else 3)
+        replayed = decode(graphed, "kangaroo", [1, 2], 30, adapter, **options)
+    drafts = replayed[3]
     assert len(steps) > len(drafts)
     a_round = 3 if sampler.temperature else 2
     assert stand_in.replays == replays * len(steps) + a_round * len(drafts)
+    assert_same(replayed, decode(model, "kangaroo", [1, 2], 30, adapter, **options))
 
 
 @pytest.mark.parametrize("drafter", ["kangaroo", "tree"])
