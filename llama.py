@@ -90,7 +90,7 @@ class KVCache:
     def __init__(self, rows, length, layers=None):
         self.rows = rows      # (2, layers, 1, positions, kv_heads, head_dim), keys and values
         self.length = length  # how many positions are in view
-        self.layers = layers or list(rows.unbind(1))
+        self.layers = layers or list(rows.unbind(1))  # the same, a layer each
         self.slots = self.columns = None  # set by one_shape: slots for trees, columns if width > 8
 
     @classmethod
@@ -276,7 +276,7 @@ def rotate_and_write(qkv, heads, cos, sin, slots, layer):
     """The same, but k and v go to the rows slots (T,) of a layer's cache (2, B, S, kv_heads,
     head_dim); returns q.
 
-    In one write: of two to one memory torch.compile before 2.13 makes copies of the whole cache.
+    In one write: of two to one memory torch.compile in PyTorch 2.6 makes copies of the whole cache.
     """
     q, *kv = rotate_all(qkv, heads, cos, sin)
     layer.index_copy_(2, slots, torch.stack(kv))

@@ -277,7 +277,7 @@ def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width
     """Decode as `Decoder.rounds` does, with a clock in the drafter."""
     named, drafting = isinstance(drafter, str), []
     settings = settings or decoder.settings(drafter if named else "none")
-    drafter = decoder.drafter(drafter, sampler, settings) if named else drafter
+    drafter = decoder.drafter(drafter, sampler, settings, width) if named else drafter
     draft = drafter.draft
 
     def drafted(*arguments):
@@ -291,8 +291,7 @@ def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width
         return result
 
     drafter.draft = watched
-    rounds = generate(decoder.model, drafter, ids, new_tokens, settings.steps, sampler,
-                      decoder.model.config.eos_token_ids, width or decoder.width)
+    rounds = decoder.rounds(ids, drafter, new_tokens, sampler, width, settings)
     return Decoded(*zip(*timed(rounds)), drafting)
 
 
