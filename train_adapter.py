@@ -279,8 +279,9 @@ def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
     """Endless: (place after it, this rank's states, tokens learned by all) of each update.
 
     Begins at `place` = (window, update). Each update takes `args.batches` batches, dealt to the
-    ranks in turn: with any number of processes an update sees the same batches. All of it follows
-    from the seed and the place, which is what makes resuming exact.
+    ranks in turn: with any number of processes an update sees the same batches. Which of them a
+    batch is in its update stays the same in all passes, so that one rank alone computes its states.
+    All of it follows from the seed and the place, which is what makes resuming exact.
     """
     for window, batches in windows(documents, args, encode, place[0]):
         if window == 0 and len(batches) < args.batches:  # later ones that fall short are skipped
@@ -290,7 +291,8 @@ def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
         order = []
         for k in range(args.passes):
             shuffle = random.Random(f"{args.seed} {window} {k}").sample
-            order += grouped(shuffle(range(len(batches)), len(batches)), args.batches)
+            columns = [range(i, len(batches), args.batches) for i in range(args.batches)]
+            order += zip(*(shuffle(column, len(column)) for column in columns))
         states = {}
         for update in range(place[1] if window == place[0] else 0, len(order)):
             mine = order[update][rank::ranks]
@@ -309,11 +311,6 @@ def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
 def in_half(states):
     """The states as they are kept: float32 vectors in bfloat16, which is half as long."""
     return tuple(t.bfloat16() if t.dim() > 1 and t.dtype == torch.float32 else t for t in states)
-
-
-def grouped(items, size):
-    """Lists of `size` items; what is left over at the end waits for another pass."""
-    return [items[i:i + size] for i in range(0, len(items) - size + 1, size)]
 
 
 # --------------------------------------------------------------------------------------------------

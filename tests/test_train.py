@@ -658,6 +658,25 @@ def test_a_window_of_too_few_batches_is_passed_over():
     assert seen == sorted(set(seen)) and 20 < seen[-1] < 40
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
+    """Guards the time of several processes: the target's pass, by far the dearest part, made again
+    by each process that meets a batch in a later pass. And what an update sees must not depend on
+    their number."""
+    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0)  # 2 groups, 3 left
+    computed, updates = [], []
+    for rank in range(ranks):
+        target = Namespace(states=lambda ids, _: computed.append(ids[0, 0].item()) or (ids,))
+        stream = train_adapter.updates(range(11), args, lambda i: ([i] * 5, [True] * 5), target,
+                                       rank=rank, ranks=ranks)
+        updates.append([{s[0][0, 0].item() for s in next(stream)[1]} for _ in range(6)])
+    assert len(computed) == len(set(computed)) > 8  # those left over in one pass come in another
+    together = [set().union(*parts) for parts in zip(*updates)]
+    assert all(len(update) == 4 for update in together)
+    assert all(not together[i] & together[i + 1] for i in (0, 2, 4))
+    assert together[:2] != together[2:4] != together[4:]
+
+
 # --------------------------------------------------------------------------------------------------
 # Resuming, several processes
 
