@@ -194,7 +194,7 @@ def tree_example(trace):
 def insert(path, name, text):
     """Put text between the two comments `name` of a Markdown file."""
     old = path.read_text(encoding="utf-8")
-    between = re.compile(rf"(<!-- {name}.*?-->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    between = re.compile(rf"(<!-- {name}: .*?-->\n).*?(<!-- /{name} -->)", re.DOTALL)
     new, count = between.subn(lambda found: found[1] + text + "\n" + found[2], old)
     assert count == 1, f"{path} wants one pair of {name} comments"
     write_atomically(path, new.encode())
