@@ -298,11 +298,10 @@ def attend_by_group(q, k, v, rows):
     (B, T, H, D), K = q.shape, k.shape[2]
     q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    mask = rows.mask if len(rows.mask) == q.shape[2] else rows.mask.repeat(H // K, 1)
     if B == 1 and T <= MAX_WIDTH and k.shape[2] >= LONG and D % 8 == 0:
-        y = attend_by_chunk(q, k, v, mask)
+        y = attend_by_chunk(q, k, v, rows.mask)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, mask)
+        y = F.scaled_dot_product_attention(q, k, v, rows.mask)
     return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 

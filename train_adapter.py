@@ -33,13 +33,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from drafters.deep import DeepAdapter, committed_and_drafted, round_starts
 from drafters.medusa import Heads, MedusaDrafter, sparse_tree
-from kangaroo import STEPS, THRESHOLD, KangarooDrafter, generate
+from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
 from llama import UserError
 from support.chat import find_chat_template
 from support.checkpoint import (
-    ARCHITECTURES,
     config_json,
     load_adapter,
     load_llama,
@@ -221,33 +219,6 @@ class MedusaTarget(Target):
         return sparse_tree(right, nodes)
 
 
-class DeepTarget(Target):
-    """The same for a deep adapter, which reads the target's last state too (drafters/deep.py).
-
-    Each token is learned twice, as decoding meets it: as the last committed one, and as a drafted
-    one of a round that began some tokens before. Of `states`, after x and learn, come
-    last (B, T, d)    the last layer's states, normed
-    start (T,)        the position of the last committed token of each position's round
-    """
-    def wanted(self, x, ids, learn, positions):
-        y = self.model.run_layers(x, positions, None, self.exit_layer, len(self.model.layers))
-        start = round_starts(ids.shape[1], seed=ids.sum().item()).to(x.device)  # resuming is exact
-        return self.model.norm(y), start, *self.final(y[learn])
-
-    def loss(self, adapter, states, kind, scale=None, autocast=torch.bfloat16):
-        """As for other adapters; the sums are over the first drafted tokens and later ones."""
-        x, learn, last, start, *wanted = states
-        x, positions, mask, drafted = committed_and_drafted(x, last, start)
-        twice = torch.cat((learn, learn & drafted), 1)
-        number = (learn.flatten().cumsum(0) - 1).view_as(learn)  # which of the n each position is
-        chosen = torch.cat((number, number), 1)[twice]
-        return super().loss(lambda x, _: adapter(x, positions, mask=mask),
-                            (x, twice, *(t[chosen] for t in wanted)), kind, scale, autocast)
-
-
-TARGETS = {"medusa": MedusaTarget, "deep": DeepTarget}  # of the architectures that have their own
-
-
 def figures_of(sums):
     """What the log has of the sums of `Target.loss`: means by name."""
     return dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
@@ -328,7 +299,7 @@ def new_adapter(cls, model):
     """
     adapter = cls(replace(model.config, num_hidden_layers=1))
     for name, weight in named_weights(adapter).items():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "last_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.zero_()
         elif weight.dim() > 1:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
@@ -352,20 +323,12 @@ def first_adapter(args, model):
     if args.architecture == "medusa":
         return new_heads(args.heads, model), None
     if args.init is None:
-        return new_adapter(ARCHITECTURES[args.architecture], model), None
+        return new_adapter(ADAPTERS[args.architecture], model), None
     try:
         adapter, facts = load_adapter(args.init, model, args.exit_layer)
     except UserError as e:
         raise UserError(f"--init {e}") from None
-    begun = facts.get("architecture", "attention")
-    if args.architecture != "deep":
-        args.architecture = begun
-    elif begun == "layer":  # goes on as it was: the map of what it has not read is zero
-        weights, adapter = adapter.state_dict(), new_adapter(DeepAdapter, model)
-        adapter.load_state_dict(weights, strict=False)
-    elif begun != "deep":
-        raise UserError(f"--init {args.init}: architecture = {begun}, --architecture deep begins "
-                        "from layer or deep")
+    args.architecture = facts.get("architecture", "attention")
     adapter.head = adapter.vocabulary = None  # --vocabulary chooses again
     return adapter.float().requires_grad_(True), facts.get("training", str(args.init))
 
@@ -416,7 +379,7 @@ def evaluate(adapter, target, held_out, prompts, args, autocast):
         model, copied, rounds = target.model, for_decoding(adapter, target), []
         for ids in prompts:
             drafter = (MedusaDrafter(model, copied) if args.architecture == "medusa" else
-                       getattr(copied, "drafter", KangarooDrafter)(model, copied, args.exit_layer))
+                       KangarooDrafter(model, copied, args.exit_layer))
             rounds += generate(model, drafter, ids, 64, eos=model.config.eos_token_ids)
         figures["compression_rate"] = sum(len(r.tokens) for r in rounds) / len(rounds)
     return figures
@@ -435,9 +398,6 @@ class Training:
         refuse_misfit(args, self.model.config, self.ranks)
         torch.manual_seed(args.seed)
         self.adapter, self.begun_from = first_adapter(args, self.model)
-        if args.learn == "text" and args.architecture in TARGETS:
-            raise UserError(f"--learn text: not for --architecture {args.architecture}, which "
-                            "reads the last layer")
         medusa = args.architecture == "medusa"
         exit_layer = self.model.config.num_hidden_layers if medusa else args.exit_layer
         self.read_text()
@@ -447,7 +407,7 @@ class Training:
                 self.documents, args.vocabulary, self.encode, self.model.config.vocab_size,
                 self.model.config.eos_token_ids)
             vocabulary = vocabulary.to(device)
-        self.target = TARGETS.get(args.architecture, Target)(self.model, exit_layer, vocabulary)
+        self.target = (MedusaTarget if medusa else Target)(self.model, exit_layer, vocabulary)
         self.teacher = self.target  # what is learned from; held-out figures are of the target
         if args.learn == "text":
             self.teacher = TextTarget(self.model, exit_layer, vocabulary)
@@ -648,11 +608,11 @@ def make_parser():
     option("--out", "DIR", "where the adapter, its log and checkpoint go", type=Path,
            required=True)
     option("--exit-layer", "ℓ", "layers that draft (default: none, only for medusa)", type=int)
-    option("--architecture", "NAME", "attention, layer (attention and an MLP), deep (a layer that "
-           "also reads the target's last state) or medusa (heads)", "attention")
+    option("--architecture", "NAME", "attention, layer (attention and an MLP) or medusa (heads)",
+           "attention")
     option("--heads", "K", "heads of medusa", 3, type=int)
-    option("--init", "DIR", "begin from this adapter, with its architecture, or deep from a layer "
-           "(default: from a new one)", type=Path)
+    option("--init", "DIR", "begin from this adapter, with its architecture (default: from a new "
+           "one)", type=Path)
     option("--vocabulary", "N", "draft from the N most frequent tokens alone (default: from all)",
            type=int)
     option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
@@ -699,7 +659,7 @@ def parse_arguments(argv):
         if not fits:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)}: must be {want}")
-    for name, values in (("architecture", [*ARCHITECTURES, "medusa"]), ("learn", LEARN),
+    for name, values in (("architecture", [*ADAPTERS, "medusa"]), ("learn", LEARN),
                          ("loss", LOSSES)):
         if getattr(args, name) not in values:
             raise UserError(f"--{name} {getattr(args, name)}: choose from {', '.join(values)}")
@@ -708,7 +668,9 @@ def parse_arguments(argv):
             (medusa or args.exit_layer is not None, "--exit-layer: is needed, see --help"),
             (not medusa or args.exit_layer is None, "--exit-layer: not for --architecture medusa, "
              "whose heads read the last layer"),
-            (not medusa or args.init is None, "--init: not for --architecture medusa")):
+            (not medusa or args.init is None, "--init: not for --architecture medusa"),
+            (not medusa or args.learn == "target", "--learn text: not for --architecture medusa, "
+             "whose heads read the last layer")):
         if not fits:
             raise UserError(message)
     args.heads = args.heads if medusa else None

@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from collections import Counter
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,17 +21,8 @@ from typing import NamedTuple
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
 
-from kangaroo import NoDrafter, generate, in_chunks
-from llama import (
-    CHAIN_WIDTH,
-    MAX_WIDTH,
-    Llama,
-    Sampler,
-    UserError,
-    build,
-    one_shape,
-    room_for_draft,
-)
+from kangaroo import NoDrafter, generate
+from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler, UserError, build, room_for_draft
 from support import command_line
 from support.chat import encode_chat
 from support.checkpoint import config_json, named_weights, read_json, write_json
@@ -309,18 +299,12 @@ def drafts_everywhere(decoder, ids, output, sampler=None):
     width = decoder.width
     drafter = decoder.drafter("kangaroo", sampler, Settings(max(STEPS), 0.0))
     cache = decoder.model.new_cache(len(ids) + len(output) + width)
-    observes = type(drafter).observe is not NoDrafter.observe
-    layers = partial(decoder.model.run_layers, first=drafter.depth, last=len(decoder.model.layers))
-    h, drafts = drafter.prefill(ids[:-1], cache), []
-    if observes and len(ids) > 1:
-        drafter.observe(in_chunks(layers, h, cache), ids[1:], list(range(1, len(ids) - 1)))
+    drafter.prefill(ids[:-1], cache)
+    drafts = []
     for i in range(len(output)):
         n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, width, decoder.device))
         draft = drafter.draft(ids + output[:i], n_max, cache)
         drafts.append((draft.tokens, draft.confidence))
-        if observes:  # the verification, of the last committed token alone
-            h = layers(*one_shape(draft.hidden[:, :1], len(ids) + i - 1, cache, width))
-            drafter.observe(h[:, :1], output[i:i + 1], [])
     return drafts
 
 

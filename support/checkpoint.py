@@ -19,12 +19,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 
-from drafters.deep import DeepAdapter
 from drafters.medusa import TREE, Heads
 from kangaroo import ADAPTERS
 from llama import Linear, Llama, LlamaConfig, UserError, build
-
-ARCHITECTURES = ADAPTERS | {"deep": DeepAdapter}  # by the name in an adapter's config.json
 
 # --------------------------------------------------------------------------------------------------
 # Files
@@ -429,11 +426,11 @@ def load_adapter(folder, model, exit_layer=None):
     exit_layer = exit_layer_of(where, data, exit_layer, model.config.num_hidden_layers)
     refuse_bad_settings(where, data)
     architecture = data.get("architecture", "attention")
-    if architecture not in list(ARCHITECTURES):  # a list, for JSON may hold what has no hash
+    if architecture not in list(ADAPTERS):  # a list, for JSON may hold what has no hash
         raise UserError(f"{where}: architecture = {architecture!r}, choose from "
-                        f"{', '.join(ARCHITECTURES)}")
+                        f"{', '.join(ADAPTERS)}")
     weight = model.norm.weight
-    adapter = build(ARCHITECTURES[architecture], config, weight.device, weight.dtype)
+    adapter = build(ADAPTERS[architecture], config, weight.device, weight.dtype)
     entries = adapter_entries(folder)
     vocabulary = entries.pop("vocabulary", None)
     load_weights(adapter, entries, folder)

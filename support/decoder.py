@@ -203,9 +203,6 @@ class Decoder:
         if drafter in ADAPTED and self.adapter is None:
             raise UserError(f"no adapter for {self.folder}: give --adapter DIR (or `random`), or "
                             "--drafter lookup or none")
-        if drafter == "tree" and self.facts.get("architecture") == "deep":
-            raise UserError(f"--tree: not with the adapter {self.adapter.source}, whose "
-                            "architecture is deep: it drafts chains")
         needed, flag = NEEDS.get(drafter, ("model", ""))
         if getattr(self, needed) is None:
             raise UserError(f"--drafter {drafter}: give {flag} too")
@@ -329,9 +326,8 @@ class Decoder:
         if name not in ADAPTED:
             return DRAFTERS[name](self.model)
         more = (settings.top_candidates, settings.nodes) if name == "tree" else ()
-        cls = DRAFTERS[name] if more else getattr(self.adapter, "drafter", DRAFTERS[name])
-        drafter = cls(self.model, self.adapter, self.exit_layer, settings.threshold, sampler,
-                      width, *more)
+        drafter = DRAFTERS[name](self.model, self.adapter, self.exit_layer, settings.threshold,
+                                 sampler, width, *more)
         return graph_drafter(drafter) if self.graphed else drafter
 
     def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,

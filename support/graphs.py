@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 
 import llama
-from kangaroo import KangarooDrafter
 from llama import CHAIN_WIDTH, KVCache, one_shape, pinned, rows_are_alike
 
 # --------------------------------------------------------------------------------------------------
@@ -431,15 +430,14 @@ def graphed_class(cls):
 def graph_drafter(drafter):
     """Replay the draft steps of a new KangarooDrafter; returns it.
 
-    A chain's whole; of a tree or a deep adapter the LM head with the choice, besides what the model
-    and its adapter replay.
+    A chain's whole; of a tree the LM head with the choice, besides what the model and its adapter
+    replay.
     """
     bare = drawing(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
     bare.model, bare.adapter = drafter.model.model, getattr(drafter.adapter, "adapter",
                                                             drafter.adapter)
     drafter.bare, drafter.__class__ = bare, graphed_class(type(drafter))
-    drafter.fused = (not hasattr(bare, "candidates")
-                     and type(bare).adapt is KangarooDrafter.adapt)
+    drafter.fused = not hasattr(bare, "candidates")
     if drafter.fused:
         drafter.adapter = bare.adapter
     return drafter

@@ -11,7 +11,6 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 
-from drafters.deep import DeepAdapter
 from drafters.rest import Datastore, suffix_order
 from drafters.tree import TreeDrafter
 from kangaroo import Adapter, KangarooDrafter
@@ -82,25 +81,6 @@ def kangaroo_drafter(model, adapter, exit_layer, threshold, sampler, width, cand
     if candidates == 1:
         return KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width)
     return TreeDrafter(model, adapter, exit_layer, threshold, sampler, width, candidates)
-
-
-def random_deep_adapter(model, seed=0):
-    weight = model.norm.weight
-    config = replace(model.config, num_hidden_layers=1)
-    return random_weights(build(DeepAdapter, config, weight.device, weight.dtype), seed)
-
-
-class ExitStatesAlone:
-    """For the deep drafter: an adapter that reads of its inputs what an ordinary one reads."""
-
-    def __init__(self, adapter):
-        self.adapter, self.size = adapter, adapter.config.hidden_size
-
-    def __getattr__(self, name):
-        return getattr(self.adapter, name)
-
-    def __call__(self, x, positions, cache):
-        return self.adapter(x[..., :self.size], positions, cache)
 
 
 class PerfectAdapter:

@@ -2,7 +2,6 @@
 a slow one."""
 import random
 from dataclasses import replace
-from functools import partial
 from math import ceil
 
 import pytest
@@ -10,26 +9,23 @@ import torch
 from helpers import (
     DEVICES,
     TINY,
-    ExitStatesAlone,
     NoisyAdapter,
     PerfectAdapter,
     block,
     datastore,
     examples,
     random_adapter,
-    random_deep_adapter,
     random_model,
     samplers,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafters.deep import DeepDrafter, inputs
 from drafters.lookup import PromptLookupDrafter
 from drafters.rest import RestDrafter
 from drafters.sps import SpsDrafter
 from drafters.tree import TreeDrafter
-from kangaroo import Draft, KangarooDrafter, NoDrafter, generate, in_chunks
+from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
 from llama import KVCache, Sampler, UserError, generate_naive
 
 
@@ -47,11 +43,7 @@ class CheckedDrafter:
         draft, fresh = self.inner.draft(ids, n_max, cache), self.make()
         fresh_cache = KVCache.zeros(fresh.model.config, len(fresh.model.layers), cache.length,
                                     cache.rows)
-        h = fresh.prefill(ids[:-1], fresh_cache)
-        if len(ids) > 1:  # as `generate` does
-            layers = partial(fresh.model.run_layers, first=fresh.depth,
-                             last=len(fresh.model.layers))
-            fresh.observe(in_chunks(layers, h, fresh_cache), ids[1:], list(range(1, len(ids) - 1)))
+        fresh.prefill(ids[:-1], fresh_cache)
         expected = fresh.draft(ids, n_max, fresh_cache)
         assert draft.tokens == expected.tokens and draft.parents == expected.parents
         # float64: a prefill and single steps round differently, by nothing that matters here
@@ -64,12 +56,11 @@ class CheckedDrafter:
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999),
-       kind=st.sampled_from(["random", "perfect", "noisy"]), deep=st.booleans(),
-       sampler=samplers, steps=st.integers(1, 7), threshold=st.sampled_from([0.0, 0.3, 0.6]),
-       prompt_length=st.integers(1, 20),
+       kind=st.sampled_from(["random", "perfect", "noisy"]), sampler=samplers, steps=st.integers(
+           1, 7), threshold=st.sampled_from([0.0, 0.3, 0.6]), prompt_length=st.integers(1, 20),
        exit_layer=st.integers(0, 3), width=st.sampled_from([2, 4, 8]))
 @examples(60)
-def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, deep, sampler, steps, threshold,
+def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, sampler, steps, threshold,
                                                 prompt_length, exit_layer, width):
     """Guards the adapter's cache: positions off by one, rejected rows kept, a row missing after a
     full accept or an edge."""
@@ -79,12 +70,8 @@ def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, deep, sample
             "random": lambda *_: random_adapter(model, seed), "perfect": PerfectAdapter,
             "noisy": NoisyAdapter
         }[kind](model, exit_layer)
-        if deep:
-            adapter = (random_deep_adapter(model, seed) if kind == "random" else
-                       ExitStatesAlone(adapter))
-        cls = DeepDrafter if deep else KangarooDrafter
         checked = CheckedDrafter(
-            lambda: cls(model, adapter, exit_layer, threshold, sampler, width))
+            lambda: KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width))
         prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
         rounds = list(
             generate(model, checked, prompt, 30, min(steps, width - 1), sampler, width=width))
@@ -93,15 +80,13 @@ def test_every_draft_is_that_of_a_fresh_drafter(device, seed, kind, deep, sample
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40),
-       exit_layer=st.integers(0, 3), sampler=samplers, deep=st.booleans())
+       exit_layer=st.integers(0, 3), sampler=samplers)
 @examples(40)
-def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer, sampler, deep):
+def test_a_perfect_adapter_is_always_accepted(device, seed, steps, n, exit_layer, sampler):
     """N tokens in exactly ⌈N / (γ + 1)⌉ rounds; a lost or stale adapter row costs rounds. Half as
     many mean a wrong count."""
     model = random_model(TINY, seed, torch.float64, device)
-    adapter = PerfectAdapter(model, exit_layer)
-    drafter = (DeepDrafter(model, ExitStatesAlone(adapter), exit_layer, 0, sampler) if deep else
-               KangarooDrafter(model, adapter, exit_layer, 0, sampler))
+    drafter = KangarooDrafter(model, PerfectAdapter(model, exit_layer), exit_layer, 0, sampler)
     with block(64):
         rounds = list(generate(model, drafter, [seed % 40], n, steps, sampler))
     assert len(rounds) == ceil(n / (steps + 1))
@@ -139,15 +124,12 @@ def test_the_cached_step_agrees_with_the_definition(device, seed, sampler, promp
     assert cached == generate_naive(model, prompt, 25, sampler)
 
 
-@pytest.mark.parametrize("deep", [False, True])
-def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch, deep):
+def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch):
     """More rows than one prefill chunk: positions and views of the later chunks."""
     monkeypatch.setattr("kangaroo.PREFILL_ROWS", 16)
     model = random_model(TINY, 1, torch.float64)
     prompt = [random.Random(1).randrange(40) for _ in range(75)]
-    cls, adapter = ((DeepDrafter, random_deep_adapter(model)) if deep else
-                    (KangarooDrafter, random_adapter(model)))
-    drafter = CheckedDrafter(lambda: cls(model, adapter, 2, 0.1))
+    drafter = CheckedDrafter(lambda: KangarooDrafter(model, random_adapter(model), 2, 0.1))
     with block(16):
         ids = [token for r in generate(model, drafter, prompt, 20) for token in r.tokens]
     assert ids == generate_naive(model, prompt, 20, Sampler())
@@ -234,7 +216,7 @@ def uncounted(calls, function):
     return call
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo", "deep", "tree", "sps", "rest"])
+@pytest.mark.parametrize("kind", ["none", "lookup", "kangaroo", "tree", "sps", "rest"])
 def test_host_syncs(kind, monkeypatch):
     """One a drafted token (in a tree: one for all open nodes) and one a round: each more costs a
     GPU its queue."""
@@ -243,12 +225,11 @@ def test_host_syncs(kind, monkeypatch):
     drafter = {
         "none": NoDrafter, "lookup": PromptLookupDrafter,
         "kangaroo": lambda m: KangarooDrafter(m, random_adapter(m), 1, 0.1, sampler),
-        "deep": lambda m: DeepDrafter(m, random_deep_adapter(m), 1, 0.1, sampler),
         "tree": lambda m: TreeDrafter(m, PerfectAdapter(m, 1), 1, 0.1, sampler, width, 3),
         "sps": lambda m: SpsDrafter(m, m, 0.1, sampler),
         "rest": lambda m: RestDrafter(m, datastore([[i, j] for i in range(40) for j in range(9)]))
     }[kind](model)
-    if kind in ("kangaroo", "deep", "tree", "sps"):
+    if kind in ("kangaroo", "tree", "sps"):
         name = "children" if kind == "tree" else "propose"
         step = getattr(drafter, name)
         setattr(drafter, name, lambda *args: levels.append(1) or step(*args))
@@ -264,35 +245,8 @@ def test_host_syncs(kind, monkeypatch):
                  width=width))
     assert len(syncs) == len(rounds) + len(levels)
     drafted = sum(len(r.draft.tokens) for r in rounds)
-    assert kind not in ("kangaroo", "deep", "sps") or len(levels) == drafted
+    assert kind not in ("kangaroo", "sps") or len(levels) == drafted
     assert kind != "tree" or len(levels) < sum(len(r.draft.tokens) for r in rounds)
-
-
-@given(seed=st.integers(0, 999), prompt_length=st.integers(0, 20), width=st.sampled_from([2, 8]))
-@examples(30)
-def test_a_deep_adapter_reads_what_is_known(seed, prompt_length, width):
-    """Each row is that of one pass in which the tokens up to the last committed one are 1 back, and
-    the drafted ones further: another token's last state, or a row kept from a draft, is another."""
-    model, source = random_model(TINY, seed, torch.float64), random.Random(seed)
-    adapter, positions = random_deep_adapter(model, seed), torch.arange(40)
-    ids = [source.randrange(40) for _ in positions]
-    x = model.run_layers(model.embed(ids), positions, None, 0, 1)
-    y = model.run_layers(x, positions, None, 1, 4)
-    before = torch.nn.functional.pad(model.norm(y[:, :-1]), (0, 0, 1, 0))
-    drafter = DeepDrafter(model, adapter, 1, width=width)
-    drafter.prefill(ids[:prompt_length], model.new_cache(64))
-    start, n = prompt_length, source.randint(1, width)
-    if start:
-        drafter.observe(y[:, :start], None, list(range(1, start)))
-    while start + n <= 40:
-        drafter.states[:, start:start + n] = x[:, start:start + n]
-        for end in range(start + 1, start + n + 1):
-            read = inputs(x[:, :end], before, positions[:end], positions[:end].clamp(max=start))
-            whole = adapter(read, positions[:end])[:, -1]
-            assert torch.allclose(drafter.adapt(end), whole, atol=1e-9)
-        accepted = source.randrange(n)
-        drafter.observe(y[:, start:start + n], None, list(range(1, 1 + accepted)))
-        start, n = start + 1 + accepted, source.randint(1, width)
 
 
 class Observer:

@@ -17,7 +17,6 @@ from helpers import (
     examples,
     kangaroo_drafter,
     random_adapter,
-    random_deep_adapter,
     random_model,
     samplers,
     write_adapter,
@@ -83,9 +82,8 @@ def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, ca
     graphed = isinstance(model, GraphedLlama)
     if kind == "kangaroo":
         adapter = GraphedAdapter(adapter, model) if graphed else adapter
-        make = getattr(adapter, "drafter", partial(kangaroo_drafter, candidates=candidates))
-        drafter = make(model, adapter, exit_layer, threshold, sampler=options["sampler"],
-                       width=options["width"])
+        drafter = kangaroo_drafter(model, adapter, exit_layer, threshold, options["sampler"],
+                                   options["width"], candidates)
         drafter = graph_drafter(drafter) if graphed else drafter
     else:
         drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
@@ -259,15 +257,13 @@ def test_calls_outside_of_recordings():
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.9, seed=3)],
                          ids=["greedy", "sampled"])
-@pytest.mark.parametrize("make, width, replays", [
-    (random_adapter, 8, 1), (random_deep_adapter, 8, 3), (random_adapter, 16, 3)],
-                         ids=["chain", "deep", "tree"])
-def test_replays_of_a_draft_step(monkeypatch, make, width, replays, sampler):
-    """One in a chain. In a tree and with a deep adapter three: shallow layers, adapter, LM head and
-    choice. And in each round one for the last drafted token, one for verification, and, if it
-    is sampled, one for its choice."""
+@pytest.mark.parametrize("width, replays", [(8, 1), (16, 3)], ids=["chain", "tree"])
+def test_replays_of_a_draft_step(monkeypatch, width, replays, sampler):
+    """One in a chain, three in a tree: shallow layers, adapter, LM head and choice. And in each
+    round one for the last drafted token, one for verification, and, if it is sampled, one for its
+    choice."""
     stand_in, steps, model = StandIn(), [], random_model()
-    graphed, adapter = GraphedLlama(model, (width,), stand_in), make(model)
+    graphed, adapter = GraphedLlama(model, (width,), stand_in), random_adapter(model)
     cls, name = (KangarooDrafter, "propose") if width == 8 else (TreeDrafter, "children")
     step = getattr(cls, name)
     monkeypatch.setattr(cls, name, lambda *args: steps.append(1) or step(*args))

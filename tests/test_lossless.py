@@ -14,21 +14,18 @@ from helpers import (
     DEVICES,
     DTYPES,
     TINY,
-    ExitStatesAlone,
     NoisyAdapter,
     PerfectAdapter,
     block,
     datastore,
     examples,
     random_adapter,
-    random_deep_adapter,
     random_model,
     samplers,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from drafters.deep import DeepDrafter
 from drafters.lookup import PromptLookupDrafter
 from drafters.rest import RestDrafter
 from drafters.sps import SpsDrafter
@@ -58,8 +55,6 @@ class RandomDrafter(NoDrafter):
 ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1),
             "perfect": PerfectAdapter, "noisy": NoisyAdapter,
             "adversarial": lambda model, exit_layer: PerfectAdapter(model, exit_layer, -1)}
-DEEP = {"deep": lambda model, exit_layer: random_deep_adapter(model, 1),
-        "deep, noisy": lambda model, exit_layer: ExitStatesAlone(NoisyAdapter(model, exit_layer))}
 
 
 def make_drafter(kind, model, exit_layer, threshold, sampler, width):
@@ -76,9 +71,8 @@ def make_drafter(kind, model, exit_layer, threshold, sampler, width):
                                              for _ in range(40)]), width)
     if kind == "any tokens":
         return RandomDrafter(model, 3)
-    cls = DeepDrafter if kind in DEEP else KangarooDrafter
-    adapter = (DEEP | ADAPTERS)[kind](model, exit_layer)
-    return cls(model, adapter, exit_layer, threshold, sampler, width)
+    return KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold, sampler,
+                           width)
 
 
 def decode(model, drafter, prompt, n, garbage=0.0, **options):
@@ -120,7 +114,7 @@ def configs(draw):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
-    [*ADAPTERS, *DEEP, "lookup", "sps", "sps itself", "rest", "any tokens"]), sampler=samplers,
+    [*ADAPTERS, "lookup", "sps", "sps itself", "rest", "any tokens"]), sampler=samplers,
        prompt_length=st.integers(1, 40), n=st.integers(1, 48),
        width=st.sampled_from([2, 4, 8, 16]), data=st.data(),
        threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5]), packed=st.booleans(), eos=st.sets(
@@ -155,7 +149,7 @@ def test_a_wide_model_with_long_drafts(device, dtype, packed):
     model = random_model(config, 5, dtype, device, packed_for=8 if packed else None)
     prompt = [random.Random(5).randrange(2000) for _ in range(50)]
     vanilla = decode(model, NoDrafter(model), prompt, 40, width=8)
-    for kind in ("perfect", "noisy", "deep, noisy", "any tokens"):
+    for kind in ("perfect", "noisy", "any tokens"):
         drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 40, steps=7,
                          width=8)
         assert_equal_bits(model, prompt, vanilla, drafted)
@@ -163,7 +157,7 @@ def test_a_wide_model_with_long_drafts(device, dtype, packed):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(seed=st.integers(0, 999), kind=st.sampled_from([*ADAPTERS, *DEEP]), sampler=samplers,
+@given(seed=st.integers(0, 999), kind=st.sampled_from(list(ADAPTERS)), sampler=samplers,
        short=st.integers(1, 30), more=st.integers(1, 30))
 @examples(25)
 def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
@@ -210,8 +204,7 @@ def test_a_drafted_row_has_the_view_that_it_would_have_alone(start, width, live,
 
 
 @pytest.mark.parametrize("limit", [9, 20, 33])
-@pytest.mark.parametrize("kind", ["perfect", "random", *DEEP, "lookup", "sps itself", "sps",
-                                  "rest"])
+@pytest.mark.parametrize("kind", ["perfect", "random", "lookup", "sps itself", "sps", "rest"])
 def test_the_context_end_is_vanillas(limit, kind):
     """Drafts must not pass max_position_embeddings, and must not end the text before it."""
     model = random_model(replace(TINY, max_position_embeddings=limit))
@@ -241,7 +234,7 @@ def test_the_self_check_passes_here_and_can_fail(device, dtype, monkeypatch):
     assert not rows_are_alike(model, 8)
 
 
-@pytest.mark.parametrize("kind", ["noisy", *DEEP, "lookup", "sps itself", "rest"])
+@pytest.mark.parametrize("kind", ["noisy", "lookup", "sps itself", "rest"])
 def test_prompts_of_any_length(kind, monkeypatch):
     """Prefill around every edge of a chunk and of a view: rows left out, doubled or misplaced."""
     monkeypatch.setattr("kangaroo.PREFILL_ROWS", 16)

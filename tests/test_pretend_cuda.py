@@ -13,7 +13,6 @@ from helpers import (
     TINY,
     PerfectAdapter,
     block,
-    random_deep_adapter,
     random_model,
     write_adapter,
     write_model,
@@ -59,13 +58,12 @@ class RightAtTimes(PerfectAdapter):
 
 
 F32, BF16 = torch.float32, torch.bfloat16
-WIDTHS = {"chain": (8, 1), "deep": (8, 1), "wide": (16, 1), "tree": (16, 3)}  # rows, candidates
+WIDTHS = {"chain": (8, 1), "wide": (16, 1), "tree": (16, 3)}  # rows, candidates
 
 
 @pytest.mark.parametrize("kind, sampler, dtype, group", [
-    ("chain", GREEDY, F32, 2), ("chain", SAMPLED, BF16, 1), ("deep", GREEDY, BF16, 2),
-    ("wide", GREEDY, BF16, 2), ("wide", SAMPLED, F32, 1), ("tree", GREEDY, BF16, 1),
-    ("tree", SAMPLED, F32, 2)])
+    ("chain", GREEDY, F32, 2), ("chain", SAMPLED, BF16, 1), ("wide", GREEDY, BF16, 2),
+    ("wide", SAMPLED, F32, 1), ("tree", GREEDY, BF16, 1), ("tree", SAMPLED, F32, 2)])
 def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, group):
     """Tokens, drafts and both caches, bit for bit, text after text, and vanilla's tokens.
 
@@ -75,11 +73,10 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
     config = replace(TINY, num_hidden_layers=2, num_key_value_heads=4 // group)
     model = random_model(config, 3, dtype, "cuda")
     graphed, grown = GraphedLlama(model, (width,)), []
-    adapter = random_deep_adapter(model) if kind == "deep" else RightAtTimes(model, 1)
     children = TreeDrafter.children
     monkeypatch.setattr(TreeDrafter, "children",
                         lambda *args: grown.append(1) or children(*args))  # a tree's draft step
-    options = dict(adapter=adapter, sampler=sampler, steps=width - 1, width=width,
+    options = dict(adapter=RightAtTimes(model, 1), sampler=sampler, steps=width - 1, width=width,
                    candidates=candidates)
     for prompt, n in (([5], 13), ([7, 8, 9], 10)):  # the second finds all recorded
         eager = decode(model, "kangaroo", prompt, n, **options)
@@ -89,7 +86,7 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
         drafts = replayed[3]
         assert syncs == len(drafts) + (len(grown) if candidates > 1 else sum(map(len, drafts)))
         assert not gpu.pageable or prompt == [5]  # what is made once may come as it likes
-        assert any(drafts) and (len(drafts) < n or kind == "deep")  # some are accepted
+        assert any(drafts) and len(drafts) < n  # some are accepted
         assert decode(graphed, "none", prompt, n, **options)[0] == eager[0]
     assert gpu.replays > 30 and (gpu.attentions or width > 8)
 
@@ -121,8 +118,8 @@ def test_the_command_line(gpu, more, folder, capsys):
 
 
 def test_training(folder, tmp_path, capsys):
-    """train_adapter.py on CUDA, of the adapter with a mask of its own: an update, and --resume from
-    its checkpoint, which has no update left; the weights are the CPU's, up to rounding."""
+    """train_adapter.py on CUDA: an update, and --resume from its checkpoint, which has no update
+    left; the weights are the CPU's, up to rounding."""
     data = tmp_path / "text.txt"
     data.write_text("\n\n".join(TEXT * 40), encoding="utf-8")
 
@@ -132,7 +129,7 @@ def test_training(folder, tmp_path, capsys):
             "--model", str(folder), "--data", str(data), "--exit-layer", "1", "--out", str(out),
             "--device", device, "--dtype", "float32", "--updates", str(updates), "--batches", "1",
             "--batch-tokens", "256", "--max-length", "64", "--save-every", "1", "--warmup", "1",
-            "--eval-prompts", "1", "--eval-documents", "2", "--architecture", "deep", *more])
+            "--eval-prompts", "1", "--eval-documents", "2", *more])
         assert status == 0, capsys.readouterr().err
         return load_file(out / "adapter.safetensors")
 

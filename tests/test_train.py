@@ -35,13 +35,12 @@ from safetensors.torch import load_file
 
 import kangaroo
 import train_adapter
-from drafters.deep import DeepAdapter, inputs
 from kangaroo import ADAPTERS, KangarooDrafter, generate
 from llama import KVCache, UserError
 from models import own_answers
 from support import command_line
 from support.chat import CHAT_TEMPLATES, render_chat
-from support.checkpoint import ARCHITECTURES, load_adapter, load_llama, read_config
+from support.checkpoint import load_adapter, load_llama, read_config
 from support.data import (
     batches_of,
     document_of,
@@ -266,64 +265,6 @@ def test_the_text_is_learned_as_it_stands(monkeypatch, kind, n, chunk):
     for (name, p), q in zip(adapter.named_parameters(), exact.parameters()):
         assert torch.allclose(p.grad.double(), q.grad, rtol=1e-3,
                               atol=1e-5 * q.grad.abs().max().item()), name
-
-
-@pytest.mark.parametrize("n, kind", PAIRS)
-def test_a_deep_adapter_learns_each_token_as_it_is_drafted(n, kind):
-    """Guards --architecture deep: a last state that decoding would not have, rows of another round
-    seen, or a drafted token's row paired with another token's target."""
-    target, _, ids, learn = tiny_target(n=n, seed=4)
-    target = train_adapter.DeepTarget(target.model, 1, target.vocabulary)
-    adapter = random_weights(DeepAdapter(replace(TINY, num_hidden_layers=1)), 5)
-    exact, model = copy.deepcopy(adapter).double(), copy.deepcopy(target.model).double()
-    states, positions = target.states(ids, learn), torch.arange(ids.shape[1])
-    start = states[3].tolist()
-    assert start[0] == 0 and 2 < len(set(start)) < len(start)
-    x = model.run_layers(model.embed_tokens(ids), positions, None, 0, 1)
-    last = model.norm(model.run_layers(x, positions, None, 1, 4))
-    before = torch.nn.functional.pad(last[:, :-1], (0, 0, 1, 0))
-    subset = torch.arange(TINY.vocab_size) if n is None else target.vocabulary
-    expected, rounds = torch.zeros(4, dtype=torch.float64), 0
-    for row, t in learn.nonzero().tolist():
-        p = model.lm_head(last[row, t]).softmax(-1)
-        for committed in {t, start[t]}:
-            seen = positions[:t + 1]
-            read = inputs(x[row:row + 1, :t + 1], before[row:row + 1], seen,
-                          seen.clamp(max=committed))
-            q = model.lm_head(exact(read, seen))[0, -1, subset].softmax(-1)
-            overlap = torch.minimum(p[subset], q).sum()
-            loss = {"cross-entropy": -p[subset] * q.log(), "reverse": q * (q / p[subset]).log(),
-                    "acceptance": -overlap.log(), "hard": -q[p[subset].argmax()].log()}[kind].sum()
-            (0.25 * loss).backward(retain_graph=True)
-            right = subset[q.argmax()] == p.argmax()
-            expected += torch.stack((loss, overlap, right.double(), torch.ones(()))).detach()
-            rounds += committed < t
-    sums = target.loss(adapter, states, kind, scale=0.25, autocast=None)
-    assert rounds > 5 and torch.allclose(sums, expected, rtol=1e-4)
-    for (name, p), q in zip(adapter.named_parameters(), exact.parameters()):
-        assert p.grad.any() and torch.allclose(p.grad.double(), q.grad, rtol=1e-3,
-                                               atol=1e-5 * q.grad.abs().max().item()), name
-
-
-def test_a_deep_adapter_goes_on_from_a_layer(train, refused, tmp_path):
-    """Guards --init with --architecture deep: begun anew, or from an adapter that is no layer."""
-    assert train("--architecture", "layer", "--updates", 20, out="layer")[0] == 0
-    deep = ["--architecture", "deep", "--init", tmp_path / "layer", "--updates", 1]
-    assert train(*deep, "--lr", 1e-12, out="deep")[0] == 0
-    before, after = (load_file(tmp_path / name / "adapter.safetensors")
-                     for name in ("layer", "deep"))
-    assert after.pop("last_proj.weight").abs().max() < 1e-11  # it began as zero
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], weight) for name, weight in after.items())
-    assert train(*deep, out="on")[0] == 0
-    assert load_file(tmp_path / "on" / "adapter.safetensors")["last_proj.weight"].any()
-    assert train("--init", tmp_path / "deep", "--updates", 1, out="again")[0] == 0
-    facts = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert facts["architecture"] == "deep"
-    refused(["--learn text", "deep"], "--init", tmp_path / "deep", "--learn", "text", out="no")
-    assert train("--updates", 1, out="attention")[0] == 0
-    refused(["--init", "attention", "deep"], "--architecture", "deep", "--init",
-            tmp_path / "attention", out="no")
 
 
 @pytest.mark.parametrize("architecture", ADAPTERS)
@@ -764,15 +705,6 @@ def test_another_seed_gives_another_adapter(train, killed, tmp_path):
     assert not same_weights(tmp_path / "out", killed[0])
 
 
-def test_a_stopped_run_of_a_deep_adapter_resumes_exactly(train, tmp_path, monkeypatch):
-    """Guards --resume: the rounds that a token is drafted in drawn anew."""
-    args = [*LONG, "--architecture", "deep"]
-    assert train(*args, out="one go")[0] == 0
-    stop_at(8, lambda: train(*args), monkeypatch)
-    assert train(*args, "--resume")[0] == 0
-    assert same_weights(tmp_path / "out", tmp_path / "one go")
-
-
 @pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--passes", 3),
                                            ("--loss", "acceptance"), ("--vocabulary", 60),
                                            ("--batches", 1), ("--architecture", "layer"),
@@ -1100,10 +1032,10 @@ def test_half_a_character_is_no_crash(train, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # The adapter
 
-@pytest.fixture(scope="module", params=["attention", "layer", "deep"])
+@pytest.fixture(scope="module", params=["attention", "layer"])
 def adapter(request, folder):
-    """The folder of a trained adapter, but for `attention` with a vocabulary of 60 tokens."""
-    architecture, more = request.param, ["--vocabulary", 60] * (request.param != "attention")
+    """The folder of a trained adapter, `layer` with a vocabulary of 60 tokens."""
+    architecture, more = request.param, ["--vocabulary", 60] * (request.param == "layer")
     out = folder / f"adapter {architecture}"
     assert train_adapter.main(
         words(folder, out, "--architecture", architecture, *more, "--updates", 30, "--passes",
@@ -1131,14 +1063,6 @@ def test_a_trained_adapter_decodes_losslessly(folder, adapter, capfd, sampling):
     assert "exit layer 1" in err
 
 
-def test_a_tree_needs_another_adapter_than_a_deep_one(folder, adapter, capfd):
-    """Guards --tree: a traceback, or a tree that reads another token's last state."""
-    deep = "deep" in adapter.name
-    assert decode(folder, adapter, "--tree") == 2 * deep
-    if deep:
-        assert re.fullmatch(r"kangaroo\.py: --tree: [^\n]*deep[^\n]*\n", capfd.readouterr().err)
-
-
 def test_the_saved_adapter_is_the_trained_one(folder, adapter):
     """Guards saving: weights under wrong names, of another step, or without the facts that decoding
     goes by."""
@@ -1147,7 +1071,7 @@ def test_the_saved_adapter_is_the_trained_one(folder, adapter):
     loaded, facts = load_adapter(adapter, load_llama(folder / "model"))
     for name, weight in trained.items():
         assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
-    assert type(loaded) is ARCHITECTURES[data["architecture"]] and facts["exit_layer"] == 1
+    assert type(loaded) is ADAPTERS[data["architecture"]] and facts["exit_layer"] == 1
     assert data["training"]["updates"] == 30 and data["chat_template"] == "zephyr"
     if loaded.vocabulary is not None:
         assert len(
@@ -1214,7 +1138,7 @@ def test_an_unknown_architecture_is_refused(folder, adapter, tmp_path, capfd, ar
     data = json.loads((copied / "config.json").read_text()) | {"architecture": architecture}
     (copied / "config.json").write_text(json.dumps(data))
     assert decode(folder, copied) == 2
-    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer, deep\n",
+    assert re.fullmatch(r"kangaroo\.py: [^\n]*architecture = [^\n]*attention, layer\n",
                         capfd.readouterr().err)
 
 
