@@ -25,6 +25,7 @@ import time
 import warnings
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import count, islice
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from drafters.medusa import Heads, MedusaDrafter, sparse_tree
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
@@ -86,9 +88,10 @@ class Target:
     log_sums (n,)     log Σ exp of its logits, float32
     best (n,)         its top-1 tokens
     """
-    CHUNK = 512  # positions whose logits exist at once
+    CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once
 
     def __init__(self, model, exit_layer, vocabulary=None):
+        self.chunk = self.CHUNK[model.norm.weight.device.type]
         self.model, self.exit_layer, self.vocabulary = model, exit_layer, vocabulary
         weight = model.lm_head.weight
         self.head = weight if vocabulary is None else weight[vocabulary]
@@ -112,7 +115,7 @@ class Target:
         """The last layer's output (n, d) -> (y, log_sums, best)."""
         y = self.model.norm(y)
         whole = [(logits.float().logsumexp(-1), logits.max(-1).indices)
-                 for logits in map(self.model.lm_head, y.split(self.CHUNK))]
+                 for logits in map(self.model.lm_head, y.split(self.chunk))]
         log_sums, best = zip(*whole) if whole else ((y[:, 0].float(),), (y[:, 0].long(),))
         return y, torch.cat(log_sums), torch.cat(best)
 
@@ -136,7 +139,7 @@ class Target:
                 out = adapter(x.float(), torch.arange(x.shape[1], device=x.device))[learn]
             leaf = out.detach().requires_grad_(scale is not None)
             sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-            chunks = zip(*(t.split(self.CHUNK) for t in (leaf, *wanted)))
+            chunks = zip(*(t.split(self.chunk) for t in (leaf, *wanted)))
             for chunk in chunks:
                 loss, figures = self.loss_of(*chunk, LOSSES[kind])
                 if scale is not None:
@@ -232,18 +235,31 @@ def overlap(p, log_q):
 # --------------------------------------------------------------------------------------------------
 # What an update learns from
 
-def windows(documents, args, encode, window):
-    """Endless: (number, batches) of the window-th and later windows of documents.
+class Windows:
+    """Encoded documents by the number of a window of them; shuffled anew in each epoch."""
 
-    They are shuffled anew in each epoch.
-    """
-    size = min(args.window, len(documents))
-    while True:  # documents that do not fill an epoch's last window come in another epoch
-        epoch, place = divmod(window * size, len(documents) // size * size)
-        order = random.Random(f"{args.seed} {epoch}").sample(range(len(documents)), len(documents))
-        examples = [encode(documents[i]) for i in order[place:place + size]]
-        yield window, batches_of(examples, args.batch_tokens)
-        window += 1
+    def __init__(self, documents, size, seed, encode):
+        self.documents, self.seed, self.encode = documents, seed, encode
+        self.size = min(size, len(documents))
+
+    def __getitem__(self, window):
+        n = len(self.documents)  # those that do not fill an epoch's last window come in another
+        epoch, place = divmod(window * self.size, n // self.size * self.size)
+        order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
+        try:
+            return [self.encode(self.documents[i]) for i in order[place:place + self.size]]
+        except UserError as e:  # a worker's own would be told with its traceback
+            return e
+
+    def numbered(self, first, workers):
+        """Endless: (number, documents) from window `first` on, encoded ahead by the workers."""
+        forked = "fork" if workers and hasattr(os, "fork") else None
+        loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
+                            collate_fn=lambda examples: examples, multiprocessing_context=forked)
+        for window, examples in zip(count(first), loader):
+            if isinstance(examples, UserError):
+                raise examples
+            yield window, examples
 
 
 def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
@@ -254,7 +270,9 @@ def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
     batch is in its update stays the same in all passes, so that one rank alone computes its states.
     All of it follows from the seed and the place, which is what makes resuming exact.
     """
-    for window, batches in windows(documents, args, encode, place[0]):
+    windows = Windows(documents, args.window, args.seed, encode)
+    for window, examples in windows.numbered(place[0], args.workers):
+        batches = batches_of(examples, args.batch_tokens)
         if window == 0 and len(batches) < args.batches:  # later ones that fall short are skipped
             raise UserError(f"--window {args.window}: its documents fill {len(batches)} batches, "
                             f"--batches wants {args.batches}; lower that or --batch-tokens, or "
@@ -393,6 +411,8 @@ class Training:
         self.args = args
         self.rank, self.ranks, self.slow_group = join(args)
         device, dtype = pick_device_and_dtype(args.device, args.dtype)
+        if args.workers is None:
+            args.workers = 4 if device.type == "cuda" and hasattr(os, "fork") else 0
         self.autocast = None if dtype == torch.float32 else torch.bfloat16
         self.model = load_llama(args.model, device, dtype)
         refuse_misfit(args, self.model.config, self.ranks)
@@ -403,9 +423,9 @@ class Training:
         self.read_text()
         vocabulary, self.coverage = None, 1.0  # coverage: the share of the text that it can say
         if args.vocabulary:
-            vocabulary, self.coverage = most_frequent(
-                self.documents, args.vocabulary, self.encode, self.model.config.vocab_size,
-                self.model.config.eos_token_ids)
+            config = self.model.config
+            vocabulary, self.coverage = most_frequent(self.drawn(), args.vocabulary,
+                                                      config.vocab_size, config.eos_token_ids)
             vocabulary = vocabulary.to(device)
         self.target = (MedusaTarget if medusa else Target)(self.model, exit_layer, vocabulary)
         self.teacher = self.target  # what is learned from; held-out figures are of the target
@@ -435,6 +455,13 @@ class Training:
         if not self.held_batches:
             raise UserError(f"--max-length {args.max_length}: leaves nothing to learn of the "
                             f"{len(self.tested)} held-out documents")
+
+    def drawn(self, most=4000):
+        """Documents drawn from all, encoded one by one: to encode all takes minutes, and hardly
+        changes which of their tokens are frequent."""
+        documents = random.Random(0).sample(self.documents, min(most, len(self.documents)))
+        encoded = Windows(documents, 1, 0, self.encode).numbered(0, self.args.workers)
+        return (example for _, [example] in islice(encoded, len(documents)))
 
     def begin(self):
         """The state of a new run, or that of the one to go on with."""
@@ -625,6 +652,8 @@ def make_parser():
     option("--batches", "N", "batches of an update, over all processes", 4, type=int)
     option("--max-length", "N", "documents are cut here", 1024, type=int)
     option("--window", "N", "documents that are in memory at once", 128, type=int)
+    option("--workers", "N", "processes that encode the next windows (default: 4 with a GPU, "
+           "else none)", type=int)
     option("--passes", "N", "passes over a window while the target's states for it are in memory",
            1, type=int)
     option("--lr", "X", "peak learning rate; warm-up and a cosine to zero around it", 1e-3,
@@ -653,6 +682,7 @@ def parse_arguments(argv):
     for name, fits, want in (
             ("vocabulary", args.vocabulary is None or args.vocabulary >= 1, "at least 1"),
             ("eval_prompts", args.eval_prompts >= 0, "at least 0"),
+            ("workers", args.workers is None or args.workers >= 0, "at least 0"),
             ("lr", 0 < args.lr < math.inf, "above 0"), ("clip", args.clip > 0, "above 0"),
             ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"),
             ("seed", -2 ** 63 <= args.seed < 2 ** 63, "an integer of 64 bits")):

@@ -195,7 +195,7 @@ def trained(todo, args):
     random.Random(args.seed).shuffle(documents)
     vocabulary = None
     if args.vocabulary:
-        vocabulary, _ = most_frequent(documents, args.vocabulary, encoded,
+        vocabulary, _ = most_frequent(map(encoded, documents[:4000]), args.vocabulary,
                                       model.config.vocab_size, model.config.eos_token_ids)
     rest, learned = [], 0
     for example in map(encoded, documents):

@@ -266,7 +266,7 @@ class Bench:
 
 def tests(args, device, dtype):
     """How many property tests passed, were skipped or failed on CUDA, and the names of the last."""
-    chosen = ["tests/test_house.py", "-k", "circle"] if args.tiny else ["-k", "cuda", "-n", "4"]
+    chosen = ["tests/test_house.py", "-k", "circle"] if args.tiny else ["-k", "cuda", "-n", "8"]
     result = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE",
                              *chosen], cwd=ROOT, capture_output=True, text=True)
     counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", result.stdout)

@@ -264,15 +264,11 @@ def batches_of(examples, batch_tokens):
     return batches
 
 
-def most_frequent(documents, size, encode, vocab_size, eos, sample=4000):
-    """The ids (size,), ascending, of the tokens most often to be predicted, and their share.
-
-    The ends of sequence are among them. Counted over `sample` documents drawn from all, because
-    encoding all of a large text takes minutes, and hardly changes which tokens these are.
-    """
+def most_frequent(examples, size, vocab_size, eos):
+    """The ids (size,), ascending, of the tokens most often to be predicted in encoded documents,
+    and their share. The ends of sequence are among them."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
-    for document in random.Random(0).sample(documents, min(sample, len(documents))):
-        ids, learn = encode(document)
+    for ids, learn in examples:
         counts += torch.tensor(ids)[torch.tensor(learn)].bincount(minlength=vocab_size)
     ranked = counts.clone()
     ranked[list(eos)] = counts.max() + 1

@@ -48,7 +48,7 @@ def perturbed(target, seed, noise=0.1):
     draft = random_model(config, 0, weight.dtype, weight.device)
     generator = torch.Generator().manual_seed(seed)
     for mine, its in zip(draft.parameters(), target.parameters(), strict=True):
-        mine.copy_(its + noise * its.std() * torch.randn(its.shape, generator=generator))
+        mine.copy_(its + noise * its.std() * torch.randn(its.shape, generator=generator).to(its))
     return draft
 
 

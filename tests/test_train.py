@@ -16,6 +16,7 @@ import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,7 @@ def direct(target, adapter, ids, learn, kind):
 def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk):
     """Guards the loss in chunks: a chunk left out or counted twice, p renormalised over the subset,
     a wrong gradient."""
-    monkeypatch.setattr(Target, "CHUNK", chunk)
+    monkeypatch.setattr(Target, "CHUNK", {"cpu": chunk})
     target, adapter, *batch = tiny_target(architecture, n, seed=3)
     exact = copy.deepcopy(adapter).double()
     expected = direct(target, exact, *batch, kind)
@@ -241,7 +242,7 @@ def test_the_loss_is_what_it_is_called(monkeypatch, kind, n, architecture, chunk
 def test_the_text_is_learned_as_it_stands(monkeypatch, kind, n, chunk):
     """Guards --learn text: a token learned at the wrong position, by its id in place of its number
     in the vocabulary, or a layer of the target run in vain."""
-    monkeypatch.setattr(Target, "CHUNK", chunk)
+    monkeypatch.setattr(Target, "CHUNK", {"cpu": chunk})
     target, adapter, ids, learn = tiny_target(n=n, seed=3)
     subset = torch.arange(TINY.vocab_size) if n is None else target.vocabulary
     learn = torch.isin(ids.roll(-1, 1), subset) & learn
@@ -284,7 +285,7 @@ def test_kept_states_take_half_the_memory(architecture):
 def test_logits_exist_a_chunk_at_a_time(monkeypatch, n):
     """Guards large vocabularies: the logits of a whole batch in memory at once, for the target or
     for the adapter."""
-    monkeypatch.setattr(Target, "CHUNK", 5)
+    monkeypatch.setattr(Target, "CHUNK", {"cpu": 5})
     rows, linear = [], torch.nn.functional.linear
 
     def counted(x, weight, *bias):
@@ -516,9 +517,9 @@ def test_the_vocabulary_is_the_most_frequent_learned_tokens():
     a wrong share of the text."""
     documents = [([9, 9, 9, 5, 5, 7, 2], [False] * 3 + [True] * 4),
                  ([9, 9, 5, 7, 6, 2], [False] * 2 + [True] * 4)]
-    ids, coverage = most_frequent(documents, 3, lambda document: document, 12, (2,))
+    ids, coverage = most_frequent(documents, 3, 12, (2,))
     assert ids.tolist() == [2, 5, 7] and coverage == pytest.approx(7 / 8)
-    ids, coverage = most_frequent(documents, 12, lambda document: document, 12, (2,))
+    ids, coverage = most_frequent(documents, 12, 12, (2,))
     assert ids.tolist() == list(range(12)) and coverage == 1
 
 
@@ -569,11 +570,13 @@ def test_training_sees_no_held_out_document(train, folder, monkeypatch):
     """Guards the figures on held-out data: a document of theirs that is trained on."""
     path, seen = folder / "many.txt", []
     path.write_text("\n\n".join(f"{i} {TEXT[i % 4]}" for i in range(500)))
-    real = train_adapter.windows
-    monkeypatch.setattr(train_adapter, "windows",
-                        lambda documents, *args: seen.extend(documents) or real(documents, *args))
-    assert train("--updates", 1, data="many.txt")[0] == 0
-    assert 480 < len(seen) < 500 and not any(map(is_held_out, seen))
+    real = train_adapter.Windows
+    monkeypatch.setattr(train_adapter, "Windows",
+                        lambda documents, *args: seen.append(documents) or real(documents, *args))
+    assert train("--updates", 1, "--vocabulary", 20, data="many.txt")[0] == 0
+    assert len(seen) == 2  # the vocabulary's and the training's
+    assert all(480 < len(documents) < 500 and not any(map(is_held_out, documents))
+               for documents in seen)
 
 
 def test_too_few_documents_to_hold_one_out(train, tmp_path):
@@ -591,7 +594,7 @@ def test_too_few_documents_to_hold_one_out(train, tmp_path):
 def test_a_window_of_too_few_batches_is_passed_over():
     """Guards a long run: it ends after hours, because the documents of one window are shorter than
     those of the others."""
-    args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0)
+    args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0, workers=0)
     documents = [6, 6, 2, 2]  # tokens; the two short ones share a batch
     stream = train_adapter.updates(documents, args, lambda n: ([1] * n, [True] * n),
                                    Namespace(states=lambda *_: 0))
@@ -599,12 +602,29 @@ def test_a_window_of_too_few_batches_is_passed_over():
     assert seen == sorted(set(seen)) and 20 < seen[-1] < 40
 
 
+def test_workers_encode_the_same_windows():
+    """Guards --workers: windows out of order, left out or seen twice, or a document that cannot be
+    encoded told with a worker's traceback."""
+    def encode(document):
+        if document == 10:
+            raise UserError("chat_template.jinja: the chat template says: no")
+        return [document], [True]
+
+    for first, n in (0, 3), (2, 3), (0, 7):
+        windows = [islice(train_adapter.Windows(range(n), 2, 5, encode).numbered(first, workers), 9)
+                   for workers in (0, 2)]
+        assert list(windows[0]) == list(windows[1])
+    with pytest.raises(UserError, match="^chat_template.jinja: the chat template says: no$"):
+        list(islice(train_adapter.Windows(range(11), 2, 5, encode).numbered(0, 2), 9))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
     """Guards the time of several processes: the target's pass, by far the dearest part, made again
     by each process that meets a batch in a later pass. And what an update sees must not depend on
     their number."""
-    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0)  # 2 groups, 3 left
+    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0,
+                     workers=0)  # 2 groups, 3 left
     computed, updates = [], []
     for rank in range(ranks):
         target = Namespace(states=lambda ids, _: computed.append(ids[0, 0].item()) or (ids,))
@@ -1199,6 +1219,7 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
                           (["--architecture", "mlp"], ["mlp", "layer"]),
                           (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]),
                           (["--passes", 0], "--passes 0"), (["--window", 1], "--window 1"),
+                          (["--workers", -1], "--workers -1"),
                           (["--vocabulary", 0], "--vocabulary 0"),
                           (["--vocabulary", -5], "--vocabulary -5"),
                           (["--vocabulary", 341], ["--vocabulary 341", "340"]),
