@@ -27,7 +27,7 @@ from support import command_line
 from support.chat import encode_chat
 from support.checkpoint import config_json, named_weights, read_json, write_json
 from support.data import json_turns
-from support.decoder import Settings, timed
+from support.decoder import Settings, call_through, timed
 from support.program import Parser
 
 # --------------------------------------------------------------------------------------------------
@@ -157,7 +157,8 @@ def processor():
 
 
 def machine():
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{processor()}, {torch.get_num_threads()} threads"
 
 
 def software():
@@ -268,9 +269,8 @@ def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width
     named, drafting = isinstance(drafter, str), []
     settings = settings or decoder.settings(drafter if named else "none")
     drafter = decoder.drafter(drafter, sampler, settings, width) if named else drafter
-    draft = drafter.draft
 
-    def drafted(*arguments):
+    def drafted(draft, *arguments):
         result = draft(*arguments)
         synchronize(decoder.device)  # the last token's layers are drafting too
         return result
@@ -280,7 +280,7 @@ def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width
         drafting.append(seconds)
         return result
 
-    drafter.draft = watched
+    call_through(drafter, "draft", watched)
     rounds = decoder.rounds(ids, drafter, new_tokens, sampler, width, settings)
     return Decoded(*zip(*timed(rounds)), drafting)
 

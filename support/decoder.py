@@ -13,7 +13,9 @@ import hashlib
 import sys
 import time
 import warnings
+import weakref
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -403,9 +405,9 @@ def watch_drafts(drafter, saw):
 
     A drafter that proposes tokens one by one is seen doing so. Of a tree, each node's first child.
     """
-    draft, propose, tokens = drafter.draft, getattr(drafter, "propose", None), []
+    tokens = []
 
-    def watched_draft(*arguments):
+    def watched_draft(draft, *arguments):
         tokens.clear()
         result, path, node = draft(*arguments), [], 0
         while node in result.parents:
@@ -414,16 +416,26 @@ def watch_drafts(drafter, saw):
         saw(path)
         return result
 
-    def watched_propose(*arguments):
+    def watched_propose(propose, *arguments):
         found = propose(*arguments)
         tokens.append(found[0])
         saw(tokens)
         return found
 
-    drafter.draft = watched_draft
-    if propose:
-        drafter.propose = watched_propose
+    call_through(drafter, "draft", watched_draft)
+    if hasattr(drafter, "propose"):
+        call_through(drafter, "propose", watched_propose)
     return drafter
+
+
+def call_through(drafter, name, function):
+    """From now on drafter.name(…) is function(the method, …).
+
+    Nothing of it keeps the drafter alive: with a cycle its cache would be taken until some garbage
+    collection, and the next text be decoded without CUDA graphs.
+    """
+    method, this = getattr(type(drafter), name), weakref.ref(drafter)
+    setattr(drafter, name, lambda *arguments: function(partial(method, this()), *arguments))
 
 
 def seed_of(seed, prompt, sample=0):
