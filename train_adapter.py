@@ -25,7 +25,7 @@ import time
 import warnings
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from drafters.medusa import Heads, MedusaDrafter, sparse_tree
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
@@ -48,6 +47,7 @@ from support.checkpoint import (
     write_safetensors,
 )
 from support.data import (
+    Windows,
     batches_of,
     digest,
     encode,
@@ -234,33 +234,6 @@ def overlap(p, log_q):
 
 # --------------------------------------------------------------------------------------------------
 # What an update learns from
-
-class Windows:
-    """Encoded documents by the number of a window of them; shuffled anew in each epoch."""
-
-    def __init__(self, documents, size, seed, encode):
-        self.documents, self.seed, self.encode = documents, seed, encode
-        self.size = min(size, len(documents))
-
-    def __getitem__(self, window):
-        n = len(self.documents)  # those that do not fill an epoch's last window come in another
-        epoch, place = divmod(window * self.size, n // self.size * self.size)
-        order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
-        try:
-            return [self.encode(self.documents[i]) for i in order[place:place + self.size]]
-        except UserError as e:  # a worker's own would be told with its traceback
-            return e
-
-    def numbered(self, first, workers):
-        """Endless: (number, documents) from window `first` on, encoded ahead by the workers."""
-        forked = "fork" if workers and hasattr(os, "fork") else None
-        loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
-                            collate_fn=lambda examples: examples, multiprocessing_context=forked)
-        for window, examples in zip(count(first), loader):
-            if isinstance(examples, UserError):
-                raise examples
-            yield window, examples
-
 
 def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1):
     """Endless: (place after it, this rank's states, tokens learned by all) of each update.

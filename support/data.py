@@ -1,22 +1,24 @@
 """Text files -> documents and prompts -> token ids, and which of them an adapter shall learn.
 
-    read_documents -> encode -> batches_of        for training
-    read_prompts, json_turns                      for decoding
+    read_documents -> encode, by Windows -> batches_of    for training
+    read_prompts, json_turns                              for decoding
 
 Nothing of the algorithm. UserError names file and line.
 """
 import gzip
 import hashlib
 import json
+import os
 import random
 import re
 import sys
 import zlib
-from itertools import chain
+from itertools import chain, count
 from os.path import commonprefix
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from llama import UserError
 from support.chat import encode_chat, encode_rendered, render_chat
@@ -241,6 +243,33 @@ def prompt_of(document, tokenizer, template):
     if isinstance(document, str):
         return tokenizer.encode(document)[:16]
     return encode_chat(tokenizer, template, document[:1])
+
+
+class Windows:
+    """Encoded documents by the number of a window of them; shuffled anew in each epoch."""
+
+    def __init__(self, documents, size, seed, encode):
+        self.documents, self.seed, self.encode = documents, seed, encode
+        self.size = min(size, len(documents))
+
+    def __getitem__(self, window):
+        n = len(self.documents)  # those that do not fill an epoch's last window come in another
+        epoch, place = divmod(window * self.size, n // self.size * self.size)
+        order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
+        try:
+            return [self.encode(self.documents[i]) for i in order[place:place + self.size]]
+        except UserError as e:  # a worker's own would be told with its traceback
+            return e
+
+    def numbered(self, first, workers):
+        """Endless: (number, encoded documents) from window `first` on, made ahead by workers."""
+        forked = "fork" if workers and hasattr(os, "fork") else None
+        loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
+                            collate_fn=lambda examples: examples, multiprocessing_context=forked)
+        for window, examples in zip(count(first), loader):
+            if isinstance(examples, UserError):
+                raise examples
+            yield window, examples
 
 
 def batches_of(examples, batch_tokens):

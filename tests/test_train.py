@@ -43,6 +43,7 @@ from support import command_line
 from support.chat import CHAT_TEMPLATES, render_chat
 from support.checkpoint import load_adapter, load_llama, read_config
 from support.data import (
+    Windows,
     batches_of,
     document_of,
     documents_of,
@@ -611,11 +612,11 @@ def test_workers_encode_the_same_windows():
         return [document], [True]
 
     for first, n in (0, 3), (2, 3), (0, 7):
-        windows = [islice(train_adapter.Windows(range(n), 2, 5, encode).numbered(first, workers), 9)
+        windows = [islice(Windows(range(n), 2, 5, encode).numbered(first, workers), 9)
                    for workers in (0, 2)]
         assert list(windows[0]) == list(windows[1])
     with pytest.raises(UserError, match="^chat_template.jinja: the chat template says: no$"):
-        list(islice(train_adapter.Windows(range(11), 2, 5, encode).numbered(0, 2), 9))
+        list(islice(Windows(range(11), 2, 5, encode).numbered(0, 2), 9))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
