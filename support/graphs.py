@@ -23,6 +23,7 @@ import contextlib
 import copy
 import gc
 import os
+import sys
 import weakref
 from functools import lru_cache
 
@@ -214,7 +215,10 @@ class GraphedLlama:
         """As the model's own, in the memory of the last text's cache if nobody uses that now."""
         config = config or self.model.config
         if config in self.lent and self.lent[config]() is not None:
-            return self.model.new_cache(length, config)  # two texts at once: one without graphs
+            # Two texts at once; or one that has ended, and something still knows its drafter.
+            print("warning: another text has the KV cache that CUDA graphs know: this one is "
+                  "decoded without them", file=sys.stderr)
+            return self.model.new_cache(length, config)
         memory = self.memory.get(config)
         if memory is None or memory.length < length:
             if memory is not None:

@@ -187,8 +187,8 @@ def test_memory_is_reused_until_it_is_too_small():
         assert not graphed.graphs.recordings  # all of them: see Graphs.forget
 
 
-def test_two_texts_at_once():
-    """The second goes without graphs, and neither disturbs the other."""
+def test_two_texts_at_once(capsys):
+    """The second goes without graphs, which is said, and neither disturbs the other."""
     model = random_model()
     graphed = GraphedLlama(model, (8,), StandIn())
     both = [generate(graphed, NoDrafter(graphed), prompt, 20) for prompt in ([1, 2], [3, 4, 5])]
@@ -196,6 +196,7 @@ def test_two_texts_at_once():
     for a, b in zip(*both):
         tokens[0] += a.tokens
         tokens[1] += b.tokens
+    assert capsys.readouterr().err.count("without them") == 1
     assert tokens == [[t
                        for r in generate(model, NoDrafter(model), p, 20)
                        for t in r.tokens]
