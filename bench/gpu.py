@@ -36,6 +36,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
 import torch
@@ -425,7 +426,7 @@ def goals(parts):
 def page_of(results):
     """What stands between the page's markers."""
     settings, parts = results.get("settings"), results["parts"]
-    lines = ["Run on " + " · ".join(settings.values()) + "." if parts else
+    lines = [fill("Run on " + " · ".join(settings.values()) + ".", 100) if parts else
              "**Nothing on this page has been run on a GPU yet.**", "", "| | goal | |",
              "|---|---|---|"]
     for goal, wanted, value, fits in goals(parts):
@@ -433,8 +434,9 @@ def page_of(results):
                      f"{'not run' if value is None else f'{value}, {KIND[bool(fits)]}'} |")
     measured = {name: part for name, part in parts.items() if "contexts" in part}
     if measured:
-        lines += ["", "Times in milliseconds; speedups at compression rates "
-                  f"{', '.join(map(str, RATES))}, drafts that end with the first wrong token.", "",
+        lines += ["", fill("Times in milliseconds; speedups at compression rates "
+                           f"{', '.join(map(str, RATES))}, drafts that end with the first wrong "
+                           "token.", 100), "",
                   "| | context | width 1 | one shape | bandwidth share | draft step | verification "
                   "| speedups |", "|---|---|---|---|---|---|---|---|"]
     for name, part in measured.items():
