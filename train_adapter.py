@@ -385,7 +385,8 @@ class Training:
         self.rank, self.ranks, self.slow_group = join(args)
         device, dtype = pick_device_and_dtype(args.device, args.dtype)
         if args.workers is None:
-            args.workers = 4 if device.type == "cuda" and hasattr(os, "fork") else 0
+            forks = device.type == "cuda" and hasattr(os, "fork")
+            args.workers = min(4, os.cpu_count() or 1) if forks else 0
         self.autocast = None if dtype == torch.float32 else torch.bfloat16
         self.model = load_llama(args.model, device, dtype)
         refuse_misfit(args, self.model.config, self.ranks)
@@ -625,8 +626,8 @@ def make_parser():
     option("--batches", "N", "batches of an update, over all processes", 4, type=int)
     option("--max-length", "N", "documents are cut here", 1024, type=int)
     option("--window", "N", "documents that are in memory at once", 128, type=int)
-    option("--workers", "N", "processes that encode the next windows (default: 4 with a GPU, "
-           "else none)", type=int)
+    option("--workers", "N", "processes that encode the next windows (default: up to 4 with a "
+           "GPU, else none)", type=int)
     option("--passes", "N", "passes over a window while the target's states for it are in memory",
            1, type=int)
     option("--lr", "X", "peak learning rate; warm-up and a cosine to zero around it", 1e-3,
