@@ -53,8 +53,9 @@ from support.decoder import Settings, load
 from support.program import refuse_below_one, run_program
 
 GRIDS = {  # of --methods: widths and settings to decode with
-    "kangaroo": [{"width": width, "steps": width - 1, "threshold": threshold}  # of one token: any
-                 for width in (2, 4, 8) for threshold in (0.2, 0.4, 0.6)[:width - 1]],
+    "kangaroo": [{"width": 2, "steps": 1, "threshold": 0.2}] + [  # no η ends a draft of one token
+        {"width": width, "steps": width - 1, "threshold": threshold}
+        for width in (4, 8) for threshold in (0.2, 0.4, 0.6)],
     "tree": [{"width": 16, "steps": steps, "threshold": threshold, "top_candidates": candidates,
               "nodes": 15} for steps in (4, 8) for threshold in (0.05, 0.2)
              for candidates in (4, 10)],

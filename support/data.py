@@ -250,14 +250,16 @@ class Windows:
 
     def __init__(self, documents, size, seed, encode):
         self.documents, self.seed, self.encode = documents, seed, encode
-        self.size = min(size, len(documents))
+        self.size, self.epoch = min(size, len(documents)), None
 
     def __getitem__(self, window):
         n = len(self.documents)  # those that do not fill an epoch's last window come in another
         epoch, place = divmod(window * self.size, n // self.size * self.size)
-        order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
         try:
-            return [self.encode(self.documents[i]) for i in order[place:place + self.size]]
+            return [self.encode(self.documents[i]) for i in self.order[place:place + self.size]]
         except UserError as e:  # a worker's own would be told with its traceback
             return e
 
