@@ -26,13 +26,8 @@ draft trees and other methods (`drafters/`); files, text and the command line (`
 """
 import math
 import sys
-import warnings
 from dataclasses import dataclass, field
 from functools import partial
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
-import torch.nn as nn
 
 from llama import (
     MLP,
@@ -41,11 +36,14 @@ from llama import (
     RMSNorm,
     Rows,
     Sampler,
-    UserError,
     find_nonfinite,
     one_shape,
     room_for_draft,
 )
+from support.errors import UserError
+
+import torch
+import torch.nn as nn
 
 # The paper's γ and η, and the rows of a step: the last committed token and up to 7 drafted ones.
 STEPS, THRESHOLD, WIDTH = 6, 0.6, 8

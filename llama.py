@@ -23,20 +23,16 @@ modeling_llama.py for the arithmetic and gpt-fast for a cache that is addressed 
 """
 import hashlib
 import math
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
+from support.errors import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-
-class UserError(Exception):
-    """Something the user can put right: the message names the file, field or flag, and how."""
 
 
 def pinned(data, device):

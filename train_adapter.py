@@ -22,21 +22,13 @@ import os
 import random
 import sys
 import time
-import warnings
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-
 from drafters.medusa import Heads, MedusaDrafter, sparse_tree
 from kangaroo import ADAPTERS, STEPS, THRESHOLD, KangarooDrafter, generate
-from llama import UserError
 from support.chat import find_chat_template
 from support.checkpoint import (
     config_json,
@@ -57,9 +49,15 @@ from support.data import (
     split,
 )
 from support.decoder import pick_device_and_dtype
+from support.errors import UserError
 from support.program import HELP, Parser, options, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
 from support.tokenizer import Tokenizer
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of what all processes do together
 # Options that a resumed run must share with the one that it goes on from.

@@ -20,15 +20,9 @@ import random
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import (
@@ -58,6 +52,10 @@ from support.decoder import Settings, load, pick_device_and_dtype
 from support.program import refuse_below_one, run_program
 from support.tokenizer import Tokenizer
 from train_adapter import Target, for_decoding, learning_rate, new_adapter
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 PAPER = 6, 0.6  # γ and η at which the variants are compared, besides the best pair of each
 BINS = 20       # of the draft's top-1 probability

@@ -23,12 +23,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import compare, run_theirs, write_model_bin
 from kangaroo import STEPS, THRESHOLD, Adapter, KangarooDrafter
-from llama import KVCache, Llama, LlamaConfig, UserError, build, inverse_frequencies
+from llama import KVCache, Llama, LlamaConfig, build, inverse_frequencies
 from support.checkpoint import (
     config_json,
     load_adapter,
@@ -37,8 +35,11 @@ from support.checkpoint import (
     read_json,
     write_json,
 )
+from support.errors import UserError
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer
+
+import torch
 
 MINIATURE = LlamaConfig(
     hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,

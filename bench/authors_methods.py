@@ -29,19 +29,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import compare, run_theirs, write_model_bin
 from drafters import rest
 from drafters.lookahead import LookaheadDrafter, hang
 from drafters.medusa import TREE, MedusaDrafter
 from kangaroo import Draft, NoDrafter
-from llama import KVCache, UserError
+from llama import KVCache
 from support.checkpoint import load_heads, load_llama, named_weights, write_json
 from support.datastore import read_datastore
+from support.errors import UserError
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer
+
+import torch
 
 LOOKAHEADS = (6, 3, 2), (15, 5, 15)  # W, N, G: the default here, and the paper's
 OURS = "whole", "anywhere", "move"  # what TheirLookahead can have of ours

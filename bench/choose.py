@@ -47,9 +47,10 @@ from bench.common import (
 from bench.methods import Methods, add_flags, fastest_of, figures_of, names_of
 from drafters.tree import TREE_WIDTH
 from kangaroo import WIDTH
-from llama import CHAIN_WIDTH, Sampler, UserError
+from llama import CHAIN_WIDTH, Sampler
 from support.checkpoint import read_json, write_json
 from support.decoder import Settings, load
+from support.errors import UserError
 from support.program import refuse_below_one, run_program
 
 GRIDS = {  # of --methods: widths and settings to decode with

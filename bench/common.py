@@ -12,23 +12,22 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
-
 from kangaroo import NoDrafter, generate
-from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler, UserError, build, room_for_draft
+from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler, build, room_for_draft
 from support import command_line
 from support.chat import encode_chat
 from support.checkpoint import config_json, named_weights, read_json, write_json
 from support.data import json_turns
 from support.decoder import Settings, call_through, timed
+from support.errors import UserError
 from support.program import Parser
+
+import torch
 
 # --------------------------------------------------------------------------------------------------
 # Flags

@@ -12,17 +12,16 @@ already are kept. Options of kangaroo.py may be added.
 """
 import json
 import sys
-import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import NEEDED, asked_for, machine, parser_for, pick, progress, results_of
 from support.checkpoint import write_atomically
 from support.program import refuse_below_one, run_program
+
+import torch
 
 LOOKUP_TOKENS = 10  # transformers' own example value
 

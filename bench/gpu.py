@@ -32,14 +32,10 @@ import signal
 import statistics
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,6 +59,8 @@ from support.checkpoint import write_atomically
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
 from support.graphs import CudaRecorder, direct_recorder, fuse_pointwise, graph_drafter
 from support.program import refuse_below_one, run_program
+
+import torch
 
 SHAPES = {  # name: (config, exit layer)
     "1B": (LlamaConfig(2048, 5632, 22, 32, 4, 64, 32000, max_position_embeddings=8192), 2),

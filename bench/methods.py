@@ -18,10 +18,11 @@ from bench.common import decode, rotated
 from drafters.lookahead import CANDIDATES, LOOKAHEAD_WIDTH, NGRAM, WINDOW, LookaheadDrafter
 from drafters.tree import TREE_WIDTH
 from kangaroo import WIDTH
-from llama import Sampler, UserError
+from llama import Sampler
 from support import command_line
 from support.checkpoint import read_json, safetensors_entries
 from support.decoder import ADAPTED, DRAFTERS, HEADED, TREES, Settings, load, seed_of
+from support.errors import UserError
 
 DRAFTING = [name for name in DRAFTERS if name != "none"]
 WIDTHS = {**dict.fromkeys(TREES.values(), TREE_WIDTH), "lookahead": LOOKAHEAD_WIDTH}

@@ -14,11 +14,7 @@ attention for every width.
 """
 import statistics
 import sys
-import warnings
 from pathlib import Path
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import llama
@@ -27,6 +23,8 @@ from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import WIDTH, generate
 from support.decoder import DEFAULT_MODEL, Settings, load
 from support.program import refuse_below_one, run_program
+
+import torch
 
 SETTINGS = Settings(TREE_STEPS, TREE_THRESHOLD, TOP_CANDIDATES, TREE_WIDTH - 1)
 in_order = llama.attend_in_order

@@ -19,18 +19,17 @@ made of the same prompts.
 """
 import statistics
 import sys
-import warnings
 from pathlib import Path
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import NEEDED, decode, ids_of, parser_for, pick, progress
 from kangaroo import STEPS
-from llama import Sampler, UserError
+from llama import Sampler
 from support.decoder import Settings, load, seed_of
+from support.errors import UserError
 from support.program import refuse_below_one, run_program
+
+import torch
 
 RULES = {"min(1, p / q)": lambda p, q, x: (q[x] / p[x]).clamp(max=1),
          "shared noise": lambda p, q, x: coupled(p, q, x),

@@ -19,14 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import (
@@ -46,9 +42,12 @@ from bench.common import (
 )
 from drafters.tree import TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, generate
-from llama import MAX_WIDTH, Sampler, UserError
+from llama import MAX_WIDTH, Sampler
 from support.decoder import Decoder, Settings, load, pick_device_and_dtype
+from support.errors import UserError
 from support.program import refuse_below_one, run_program
+
+import torch
 
 PROMPT = (
     "Kangaroos are large marsupials that live in Australia. They have strong hind legs, a long "

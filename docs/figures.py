@@ -15,11 +15,11 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
-from make import insert
-
 from bench.ablations import PAPER, at, with_speedups
 from bench.spec_bench import SUBTASKS, needs, summarise
 from support.checkpoint import read_json
+
+from make import insert
 
 BLUE, VIOLET, GREEN, RED, GREY = "#1668b8", "#6a3fb5", "#14733f", "#b3261e", "#8a8f99"
 MODELS = {"stories": "stories (16 layers)", "smollm2": "SmolLM2-135M (30 layers)"}

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import torch
-
-from llama import UserError
 from support.checkpoint import write_atomically
 from support.decoder import load, watch_drafts
+from support.errors import UserError
 from support.program import Parser, run_program
+
+import torch
 
 COLUMNS, SIZE, LINE, PANE = 42, 14, 21, 400  # a pane's characters a line; the others in pixels
 CHAR, MARGIN, TOP = 0.6 * SIZE, 20, 76

@@ -23,7 +23,8 @@ paper's W, N, G are 15, 5, 15, in 120 rows. Left out on purpose: several GPUs.
 import random
 
 from kangaroo import Draft, NoDrafter
-from llama import CHAIN_WIDTH, UserError
+from llama import CHAIN_WIDTH
+from support.errors import UserError
 
 # W, N, G and the rows of a step: for a CPU, where a wide step is dear.
 WINDOW, NGRAM, CANDIDATES, LOOKAHEAD_WIDTH = 6, 3, 2, 16

@@ -18,12 +18,12 @@ width above 8. Reads the heads that the authors' code saves (Medusa-1). Left out
 """
 import math
 
+from kangaroo import WIDTH, Adapter, Draft, NoDrafter
+from llama import Linear, Sampler
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from kangaroo import WIDTH, Adapter, Draft, NoDrafter
-from llama import Linear, Sampler
 
 # A path a node, parents first, the likeliest first: of 3 heads, in 15 rows.
 TREE = ((0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 2), (0, 0, 1), (3,), (0, 1, 0),

@@ -15,20 +15,18 @@ distribution to choose from, so under sampling a token is accepted if it is the 
 """
 import ctypes
 import sys
-import warnings
 from array import array
 from bisect import bisect_left
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch.nn.functional as F
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from kangaroo import WIDTH, Draft, NoDrafter
 from llama import CHAIN_WIDTH
+
+import torch.nn.functional as F
 
 LONGEST, MATCHES = 16, 128  # tokens of the text to look up; places to look at
 REST_STEPS = 10  # how deep a tree is: γ

@@ -15,11 +15,11 @@ model. Its vocabulary may be padded to another size.
 import math
 from functools import partial
 
-import torch
-import torch.nn.functional as F
-
 from kangaroo import WIDTH, Draft, NoDrafter, in_chunks
 from llama import Sampler, room_for_draft
+
+import torch
+import torch.nn.functional as F
 
 SPS_THRESHOLD = 0.0  # the papers draft γ tokens, however unsure
 

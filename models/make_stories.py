@@ -19,19 +19,12 @@ import math
 import random
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
-import torch.nn.functional as F
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from story_grammar import story
-
-from llama import Llama, LlamaConfig, Sampler, UserError
+from llama import Llama, LlamaConfig, Sampler
 from support.checkpoint import (
     config_json,
     named_weights,
@@ -42,9 +35,15 @@ from support.checkpoint import (
 )
 from support.data import batches_of
 from support.decoder import load, pick_device_and_dtype
+from support.errors import UserError
 from support.program import Parser, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
 from train_adapter import learning_rate
+
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from story_grammar import story
 
 BOS, EOS = 1, 2
 CONFIG = LlamaConfig(

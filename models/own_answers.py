@@ -11,20 +11,19 @@ import json
 import random
 import sys
 import time
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
-
-from llama import UserError, pack
+from llama import pack
 from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_llama
 from support.data import read_documents
 from support.decoder import pick_device_and_dtype
+from support.errors import UserError
 from support.program import Parser, refuse_below_one, run_program
 from support.tokenizer import Tokenizer
+
+import torch
 
 
 @torch.inference_mode()

@@ -16,12 +16,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize
-
 from drafters.medusa import TREE, Heads
 from kangaroo import ADAPTERS
-from llama import Linear, Llama, LlamaConfig, UserError, build
+from llama import Linear, Llama, LlamaConfig, build
+from support.errors import UserError
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 
 # --------------------------------------------------------------------------------------------------
 # Files

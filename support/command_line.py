@@ -12,7 +12,7 @@ from pathlib import Path
 from drafters.lookahead import LOOKAHEAD_WIDTH
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
-from llama import CHAIN_WIDTH, MAX_WIDTH, Sampler, UserError
+from llama import CHAIN_WIDTH, MAX_WIDTH, Sampler
 from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import (
@@ -25,6 +25,7 @@ from support.decoder import (
     seed_of,
     timed,
 )
+from support.errors import UserError
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, add_trace
 from support.terminal import DIM, Screen

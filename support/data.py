@@ -17,11 +17,11 @@ from itertools import chain, count
 from os.path import commonprefix
 from pathlib import Path
 
+from support.chat import encode_chat, encode_rendered, render_chat
+from support.errors import UserError
+
 import torch
 from torch.utils.data import DataLoader
-
-from llama import UserError
-from support.chat import encode_chat, encode_rendered, render_chat
 
 HELD_OUT = 64  # one document in so many is never trained on
 

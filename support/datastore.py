@@ -13,16 +13,16 @@ import time
 from array import array
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
 from drafters.rest import END, Datastore, suffix_order
-from llama import UserError
 from support.chat import find_chat_template
 from support.checkpoint import read_config, safetensors_entries, write_safetensors
 from support.data import encode, split
+from support.errors import UserError
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer, vocabulary_digest
+
+import torch
+from safetensors import safe_open
 
 MAKE_ONE = "make one with python drafters/rest.py"
 

@@ -12,15 +12,11 @@ Nothing of the algorithm. Left out on purpose: several texts at once.
 import hashlib
 import sys
 import time
-import warnings
 import weakref
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # nothing here needs NumPy
-import torch
 
 from drafters.lookahead import LookaheadDrafter
 from drafters.lookup import PromptLookupDrafter
@@ -29,10 +25,11 @@ from drafters.rest import REST_STEPS, RestDrafter
 from drafters.sps import SPS_THRESHOLD, SpsDrafter
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TreeDrafter
 from kangaroo import STEPS, THRESHOLD, WIDTH, KangarooDrafter, NoDrafter, generate
-from llama import CHAIN_WIDTH, MAX_WIDTH, UserError, pack, rows_are_alike
+from llama import CHAIN_WIDTH, MAX_WIDTH, pack, rows_are_alike
 from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_adapter, load_heads, load_llama, read_config
 from support.datastore import read_datastore
+from support.errors import UserError
 from support.graphs import (
     GraphedAdapter,
     GraphedLlama,
@@ -42,6 +39,8 @@ from support.graphs import (
     graph_drafter,
 )
 from support.tokenizer import TextStream, Tokenizer, difference
+
+import torch
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
 DRAFTERS = {"kangaroo": KangarooDrafter, "tree": TreeDrafter, "medusa": MedusaDrafter,

@@ -27,11 +27,11 @@ import sys
 import weakref
 from functools import lru_cache
 
-import torch
-import torch.nn.functional as F
-
 import llama
 from llama import CHAIN_WIDTH, KVCache, one_shape, pinned, rows_are_alike
+
+import torch
+import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------------------
 # Exact kernels

@@ -8,7 +8,7 @@ import os
 import sys
 from functools import partial
 
-from llama import UserError
+from support.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,10 +9,10 @@ import shutil
 import sys
 import time
 
-import torch
-
-from llama import UserError
 from support.checkpoint import write_atomically
+from support.errors import UserError
+
+import torch
 
 
 class Progress:

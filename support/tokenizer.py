@@ -16,10 +16,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
-from llama import UserError
 from support.checkpoint import read_json
+from support.errors import UserError
+
+from sentencepiece import SentencePieceProcessor
 
 NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 

@@ -5,12 +5,6 @@ import os
 from contextlib import contextmanager
 from dataclasses import replace
 
-import pytest
-import torch
-from hypothesis import Phase, settings
-from hypothesis import strategies as st
-from sentencepiece import SentencePieceTrainer
-
 from drafters.rest import Datastore, suffix_order
 from drafters.tree import TreeDrafter
 from kangaroo import Adapter, KangarooDrafter
@@ -18,6 +12,12 @@ from llama import KVCache, Llama, LlamaConfig, Sampler, build, pack
 from support.checkpoint import named_weights
 from support.datastore import joined
 from support.graphs import exact_kernels
+
+import pytest
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 
 DEVICES = [
     "cpu",

@@ -2,11 +2,11 @@
 import json
 from dataclasses import replace
 
+from support.checkpoint import load_llama
+
 import pytest
 import torch
 from helpers import TINY, config_json, hf_tensors, random_model, save_file
-
-from support.checkpoint import load_llama
 
 transformers = pytest.importorskip("transformers",
                                    reason="the package transformers is not installed")

@@ -1,10 +1,10 @@
 """The comparison with the authors' code, without their code: it must be able to fail."""
-import pytest
-from helpers import random_model
-
 from bench.authors_methods import Replay, TheirLookahead
 from bench.common import compare
 from kangaroo import NoDrafter, generate
+
+import pytest
+from helpers import random_model
 
 
 def test_a_round_that_differs_from_the_authors_is_told(capsys):

@@ -2,16 +2,17 @@
 import json
 from argparse import Namespace
 
-import pytest
-import torch
-from helpers import write_adapter, write_model
-
 from bench import ablations, choose, methods, rules, spec_bench
 from bench.common import asked_for, weights_of
-from llama import Sampler, UserError
+from llama import Sampler
 from support.checkpoint import read_config
 from support.decoder import DEFAULT_MODEL as STORIES
 from support.decoder import load
+from support.errors import UserError
+
+import pytest
+import torch
+from helpers import write_adapter, write_model
 
 QUESTIONS = [{"category": "qa", "turns": ["Once upon a time"]},
              {"category": "stem", "turns": ["A small", "And then"]},

@@ -5,18 +5,18 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
+from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
+from support.command_line import main
+from support.data import encode, prompt_of
+from support.decoder import load
+from support.errors import UserError
+from support.tokenizer import Tokenizer
+
 import pytest
 from helpers import TEXT, TINY, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import write_byte_level, write_like_llama, write_prepending
-
-from llama import UserError
-from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
-from support.command_line import main
-from support.data import encode, prompt_of
-from support.decoder import load
-from support.tokenizer import Tokenizer
 
 # Templates as models have them, each with something of its own.
 OWN = {

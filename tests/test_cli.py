@@ -11,14 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kangaroo
+from drafters.tree import TREE_STEPS
+from support import command_line, decoder
+
 import pytest
 import torch
 from helpers import PROFILE, save_file, write_adapter, write_model
 from safetensors.torch import load_file
-
-import kangaroo
-from drafters.tree import TREE_STEPS
-from support import command_line, decoder
 
 PROMPT = "Once upon a time"
 SCRIPT = Path(kangaroo.__file__).resolve()

@@ -4,6 +4,14 @@ import random
 from dataclasses import replace
 from math import ceil
 
+from drafters.lookup import PromptLookupDrafter
+from drafters.rest import RestDrafter
+from drafters.sps import SpsDrafter
+from drafters.tree import TreeDrafter
+from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
+from llama import KVCache, Sampler, generate_naive
+from support.errors import UserError
+
 import pytest
 import torch
 from helpers import (
@@ -20,13 +28,6 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-
-from drafters.lookup import PromptLookupDrafter
-from drafters.rest import RestDrafter
-from drafters.sps import SpsDrafter
-from drafters.tree import TreeDrafter
-from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
-from llama import KVCache, Sampler, UserError, generate_naive
 
 
 class CheckedDrafter:

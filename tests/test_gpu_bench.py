@@ -5,13 +5,13 @@ Its figures mean nothing here.
 import json
 import shutil
 
+from bench import gpu
+from kangaroo import NoDrafter, generate
+from support.errors import UserError
+
 import pytest
 import torch
 from helpers import TEXT, write_adapter, write_model
-
-from bench import gpu
-from kangaroo import NoDrafter, generate
-from llama import UserError
 
 
 @pytest.fixture(scope="module")

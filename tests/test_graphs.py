@@ -7,25 +7,6 @@ import weakref
 from dataclasses import replace
 from functools import partial
 
-import pytest
-import torch
-from helpers import (
-    DTYPES,
-    TINY,
-    PerfectAdapter,
-    block,
-    examples,
-    kangaroo_drafter,
-    random_adapter,
-    random_model,
-    samplers,
-    write_adapter,
-    write_model,
-)
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
 import llama
 from bench import common
 from drafters.lookup import PromptLookupDrafter
@@ -45,6 +26,25 @@ from support.graphs import (
     graph_drafter,
     no_collection,
 )
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    TINY,
+    PerfectAdapter,
+    block,
+    examples,
+    kangaroo_drafter,
+    random_adapter,
+    random_model,
+    samplers,
+    write_adapter,
+    write_model,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

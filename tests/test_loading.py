@@ -12,6 +12,16 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import kangaroo
+import llama
+import train_adapter
+from kangaroo import NoDrafter, generate
+from llama import Linear, inverse_frequencies, pack
+from support import command_line
+from support.checkpoint import load_adapter, load_llama, named_weights, read_config
+from support.decoder import load
+from support.errors import UserError
+
 import pytest
 import torch
 from helpers import (
@@ -27,15 +37,6 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-
-import kangaroo
-import llama
-import train_adapter
-from kangaroo import NoDrafter, generate
-from llama import Linear, UserError, inverse_frequencies, pack
-from support import command_line
-from support.checkpoint import load_adapter, load_llama, named_weights, read_config
-from support.decoder import load
 
 ABSENT = type("ABSENT", (), {"__repr__": lambda self: "ABSENT"})()  # the same name in all processes
 LLAMA3 = {

@@ -8,6 +8,19 @@ import copy
 import random
 from dataclasses import replace
 
+from drafters.lookup import PromptLookupDrafter
+from drafters.rest import RestDrafter
+from drafters.sps import SpsDrafter
+from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
+from llama import (
+    KVCache,
+    Sampler,
+    generate_naive,
+    one_shape,
+    room_for_draft,
+    rows_are_alike,
+)
+
 import pytest
 import torch
 from helpers import (
@@ -25,19 +38,6 @@ from helpers import (
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-from drafters.lookup import PromptLookupDrafter
-from drafters.rest import RestDrafter
-from drafters.sps import SpsDrafter
-from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
-from llama import (
-    KVCache,
-    Sampler,
-    generate_naive,
-    one_shape,
-    room_for_draft,
-    rows_are_alike,
-)
 
 
 class RandomDrafter(NoDrafter):

@@ -12,6 +12,14 @@ from collections import Counter
 from dataclasses import replace
 from math import ceil
 
+from drafters.rest import END, LONGEST, MATCHES, RestDrafter
+from drafters.sps import SpsDrafter
+from kangaroo import NoDrafter, generate
+from llama import Sampler
+from support import datastore as files
+from support.decoder import load
+from support.errors import UserError
+
 import pytest
 import torch
 from helpers import (
@@ -33,13 +41,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cli import SCRIPT, cli, decode, model, refused  # noqa: F401
 from test_drafter import CheckedDrafter
-
-from drafters.rest import END, LONGEST, MATCHES, RestDrafter
-from drafters.sps import SpsDrafter
-from kangaroo import NoDrafter, generate
-from llama import Sampler, UserError
-from support import datastore as files
-from support.decoder import load
 
 
 def perturbed(target, seed, noise=0.1):

@@ -6,6 +6,18 @@ import random
 from dataclasses import replace
 from math import ceil
 
+import train_adapter
+from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
+from drafters.medusa import TREE, Heads, MedusaDrafter, sparse_tree
+from kangaroo import NoDrafter, generate
+from llama import KVCache, Sampler, build
+from support import command_line
+from support.checkpoint import load_adapter, load_heads, load_llama, named_weights
+from support.decoder import load
+from support.errors import UserError
+from support.graphs import direct_recorder
+from support.replay import read_page
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,17 +38,6 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from test_lossless import assert_equal_bits, configs, decode
-
-import train_adapter
-from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
-from drafters.medusa import TREE, Heads, MedusaDrafter, sparse_tree
-from kangaroo import NoDrafter, generate
-from llama import KVCache, Sampler, UserError, build
-from support import command_line
-from support.checkpoint import load_adapter, load_heads, load_llama, named_weights
-from support.decoder import load
-from support.graphs import direct_recorder
-from support.replay import read_page
 
 
 def random_heads(model, heads=3, own=False, seed=0, blocks=1):

@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from docs.run_notebook import NOTEBOOK, execute, run
 from llama import Sampler, generate_naive
+
+import pytest
 
 ROOT = NOTEBOOK.parents[1]
 COMMITTED = json.loads(NOTEBOOK.read_text(encoding="utf-8"))

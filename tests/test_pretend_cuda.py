@@ -6,6 +6,12 @@ What is tested is what is decoded and how often the host waits, not what lies in
 import json
 from dataclasses import replace
 
+import train_adapter
+from drafters.tree import TreeDrafter
+from llama import Sampler
+from support import command_line
+from support.graphs import CudaRecorder, GraphedLlama, Graphs
+
 import pytest
 import torch
 from helpers import (
@@ -27,12 +33,6 @@ from pretend_cuda import (
 )
 from safetensors.torch import load_file
 from test_graphs import assert_same, decode
-
-import train_adapter
-from drafters.tree import TreeDrafter
-from llama import Sampler
-from support import command_line
-from support.graphs import CudaRecorder, GraphedLlama, Graphs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(),
                                 reason="there is a GPU: test_graphs.py has tests for it")

@@ -10,12 +10,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pytest
-from helpers import write_adapter, write_model
-
 from bench import ablations, authors_methods, choose, gpu, order, rules, spec_bench, speed
 from models import make_stories, own_answers
 from support.program import run_program
+
+import pytest
+from helpers import write_adapter, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TALK = json.dumps([{"conversations": [{"from": "human", "value": "Why?"},

@@ -1,15 +1,16 @@
 """Sampling: the law, the noise, the filters, ties."""
 from dataclasses import replace
 
+from drafters.lookup import PromptLookupDrafter
+from kangaroo import KangarooDrafter, NoDrafter, generate
+from llama import Sampler
+from support.errors import UserError
+
 import pytest
 import torch
 from helpers import DEVICES, TINY, NoisyAdapter, examples, random_adapter, random_model
 from hypothesis import given
 from hypothesis import strategies as st
-
-from drafters.lookup import PromptLookupDrafter
-from kangaroo import KangarooDrafter, NoDrafter, generate
-from llama import Sampler, UserError
 
 
 def critical_chi_square(freedom, z=3.72):

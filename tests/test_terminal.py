@@ -9,15 +9,15 @@ import sys
 import threading
 import unicodedata
 
-import pytest
-from helpers import datastore, random_weights, write_adapter, write_model
-from hypothesis import given
-from hypothesis import strategies as st
-
 from drafters.medusa import Heads
 from llama import Sampler
 from support import command_line, terminal
 from support.decoder import DRAFTERS, load
+
+import pytest
+from helpers import datastore, random_weights, write_adapter, write_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 PROMPT = "Once upon a time she met an old turtle by the river, and"
 

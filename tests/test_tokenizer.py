@@ -4,14 +4,14 @@ import shutil
 import sys
 from dataclasses import replace
 
+from support.errors import UserError
+from support.tokenizer import TextStream, Tokenizer
+
 import pytest
 from helpers import TEXT, TINY, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-
-from llama import UserError
-from support.tokenizer import TextStream, Tokenizer
 
 SENTENCEPIECE, BYTE_LEVEL = "tokenizer.model", "tokenizer.json"
 BOS, EOS = 1, 2  # in both vocabularies below

@@ -10,12 +10,12 @@ import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
-import pytest
-from helpers import write_adapter, write_model
-
 import kangaroo
 from support import command_line, replay
 from support.decoder import load
+
+import pytest
+from helpers import write_adapter, write_model
 
 PROMPT = "Once </script><script>document.title = window.hacked = 1</script><!-- <b>upon & a time"
 # The noise that drafter and target share decides: many drafted tokens are accepted.

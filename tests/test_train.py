@@ -19,25 +19,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import pytest
-import torch
-from helpers import (
-    PROFILE,
-    TEXT,
-    TINY,
-    random_model,
-    random_weights,
-    save_file,
-    write_model,
-)
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-
 import kangaroo
 import train_adapter
 from kangaroo import ADAPTERS, KangarooDrafter, generate
-from llama import KVCache, UserError
+from llama import KVCache
 from models import own_answers
 from support import command_line
 from support.chat import CHAT_TEMPLATES, render_chat
@@ -54,8 +39,24 @@ from support.data import (
     read_documents,
     split,
 )
+from support.errors import UserError
 from support.tokenizer import Tokenizer
 from train_adapter import LOSSES, Target, new_adapter
+
+import pytest
+import torch
+from helpers import (
+    PROFILE,
+    TEXT,
+    TINY,
+    random_model,
+    random_weights,
+    save_file,
+    write_model,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 SCRIPT = Path(train_adapter.__file__).resolve()
 PAIRS = list(zip([None, 20, 20, None], LOSSES))  # --vocabulary and --loss

@@ -4,6 +4,12 @@ import random
 from dataclasses import replace
 from math import ceil
 
+import llama
+from drafters.rest import RestDrafter
+from drafters.tree import TreeDrafter
+from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
+from llama import CHAIN_WIDTH, KVCache, Sampler, one_shape, rows_are_alike
+
 import pytest
 import torch
 from helpers import (
@@ -24,12 +30,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_drafter import CheckedDrafter
 from test_lossless import ADAPTERS, assert_equal_bits, configs, decode
-
-import llama
-from drafters.rest import RestDrafter
-from drafters.tree import TreeDrafter
-from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
-from llama import CHAIN_WIDTH, KVCache, Sampler, one_shape, rows_are_alike
 
 WIDTHS = st.sampled_from([CHAIN_WIDTH + 1, 12, 16, 32])
 WIDE = replace(TINY, hidden_size=320, intermediate_size=768, num_attention_heads=10,
