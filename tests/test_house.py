@@ -38,7 +38,7 @@ def imports(path):
 
 @pytest.mark.parametrize("module", FILES)
 def test_dependencies_run_one_way(module):
-    """llama ← kangaroo ← drafters ← support ← train_adapter ← bench, models, docs; and a leaf, which
+    """llama ← kangaroo ← drafters ← support ← train_adapter ← bench, models, docs; a leaf, which
     imports nothing of ours, is used by all."""
     for other in imports(FILES[module]):
         allowed = floor(other) <= floor(module) or (other in SHARED and floor(module) > 0)
