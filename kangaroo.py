@@ -26,21 +26,11 @@ draft trees and other methods (`drafters/`); files, text and the command line (`
 """
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from llama import (
-    MLP,
-    Attention,
-    Linear,
-    RMSNorm,
-    Rows,
-    Sampler,
-    find_nonfinite,
-    one_shape,
-    room_for_draft,
-)
-from support.errors import UserError
+from llama import Attention, RMSNorm, Rows, Sampler, one_shape
+from support.errors import UserError, require
 
 import torch
 import torch.nn as nn
@@ -76,9 +66,23 @@ class Draft:
         return levels
 
     def child(self, node, token):
-        """The child of `node` that proposes `token`; 0 if there is none."""
+        """The child of `node` that proposes `token`, or None.
+
+        With tokens [7, 8, 9] and parents [0, 0, 2]: child(0, 8) is 2, child(2, 9) is 3, child(1, 9)
+        is None.
+        """
         edges = enumerate(zip(self.parents, self.tokens), 1)
-        return next((i for i, edge in edges if edge == (node, token)), 0)
+        return next((i for i, edge in edges if edge == (node, token)), None)
+
+    def refuse_unless_fit(self, n_max, cache, depth):
+        """UserError for what a step could not verify: then the drafter is at fault."""
+        n, parents = len(self.tokens), self.parents
+        require(len(parents) == n and all(0 <= p < i for i, p in enumerate(parents, 1)),
+                f"a draft's parents must come before their children, {parents} do not")
+        require(n < cache.width and max(self.levels()) <= n_max,
+                f"a draft of {n} tokens, {max(self.levels())} of them in a row: it may have "
+                f"{cache.width - 1}, {n_max} of them in a row")
+        require(self.hidden is not None or not depth, f"a draft needs its states at depth {depth}")
 
 
 @dataclass
@@ -87,12 +91,17 @@ class Round:
     the target's own, which it says where the draft ends or goes wrong."""
     tokens: list
     path: list  # the accepted nodes of the draft, from the top down; path[i] proposed tokens[i]
-    draft: Draft
+    draft: Draft  # without its states, whose memory the next round writes to
 
     @property
     def accepted(self):
         """How many of `tokens` were drafted."""
         return len(self.path)
+
+
+class NotFinite(UserError):
+    """The target's logits hold NaN or infinity. `ids`: the tokens that it read."""
+    ids = ()
 
 
 @torch.inference_mode()
@@ -102,61 +111,64 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
     the end of the context.
 
     prompt is a list of at least one token id; `steps` is γ, the most tokens drafted in a round (the
-    depth of a tree). With any drafter, γ and exit layer the tokens are those of NoDrafter for the
-    same width: the target itself chooses every one, the draft decides only how many are checked at
-    once. Host syncs: one a round, one a drafted token. UserError if logits or confidences are not
-    finite.
+    depth of a tree); `width` is how many rows a step has (of `cache`, if one is given, its own).
+    With any drafter, γ and exit layer the tokens are those of NoDrafter for the same width: the
+    target itself chooses every one, the draft decides only how many are checked at once. Host
+    syncs: one a round, one a drafted token. UserError for a prompt or a draft that does not fit,
+    and if logits or confidences are not finite.
     """
-    if drafter.width not in (None, width):  # its rows of the cache would have other bits
-        raise ValueError(f"the drafter's width is {drafter.width}, generate's is {width}")
     ids, n_layers, sampler = list(prompt), len(model.layers), sampler or Sampler()
-    end = min(len(ids) + max_new_tokens, model.config.max_position_embeddings)
-    cache = cache or model.new_cache(end + 2 * width)  # a tree's dead rows lie so far beyond
-    h = drafter.prefill(ids[:-1], cache)
+    context, dtype = model.config.max_position_embeddings, model.norm.weight.dtype
+    require(0 < len(ids) < context, f"a prompt of {len(ids)} tokens: must have from 1 to "
+            f"{context - 1}, for the context is {context}")
+    end = min(len(ids) + max_new_tokens, context)
+    cache = cache or model.new_cache(end + 2 * width, width)  # a tree's dead rows lie so far beyond
+    h = drafter.prefill(ids[:-1], cache, sampler)
     h = in_chunks(partial(model.run_layers, first=drafter.depth, last=n_layers), h, cache)
     if len(ids) > 1:
         drafter.observe(h, ids[1:], list(range(1, len(ids) - 1)))
     while len(ids) < end:
         start = len(ids) - 1  # the position of the last committed token, which has not been run yet
         # Near the end of a block of the cache a draft is shorter, or empty: its rows share a view.
-        n_max = min(steps, end - len(ids) - 1, room_for_draft(start, width, cache.rows.device))
+        n_max = min(steps, end - len(ids) - 1, cache.room(start))
         draft = drafter.draft(ids, n_max, cache)
+        draft.refuse_unless_fit(n_max, cache, drafter.depth)
         # Verify: the remaining layers, in one pass over the last committed token and all drafted.
         x = ids[-1:] + draft.tokens if draft.hidden is None else draft.hidden
-        h = model.step(x, start, cache, width, drafter.depth, n_layers, draft.parents)
+        h = model.step(x, start, cache, drafter.depth, n_layers, draft.parents)
         logits = model.logits(h)[0, :len(draft.tokens) + 1]
         choices = sampler.choose(logits, start + 1, draft.levels())  # what it says after each node
         finite = logits.isfinite().all(-1)
         choices, finite = torch.stack((choices, finite)).tolist()  # one host sync
-        refuse_nonfinite(all(finite), model, ids, drafter, draft)
-        # Accept: from the root down, the child that proposes what the target itself says.
+        if not all(finite):
+            error = NotFinite(f"NaN or infinite logits: damaged weights, or too large for {dtype}")
+            error.ids = ids + draft.tokens
+            raise error
+        require(all(map(math.isfinite, draft.confidence)), f"{drafter.source}: what it drafts with "
+                f"is not finite: damaged weights, or too large for {dtype}")
+        # Accept: from the root down, the child that proposes what the target itself says. In a
+        # chain that is the longest prefix of the draft that equals the target's choices.
         path, node = [], 0
-        while node := draft.child(node, choices[node]):
+        while (node := draft.child(node, choices[node])) is not None:
             path.append(node)
         drafter.observe(h[:, :len(choices)], choices, path)
         # Commit. The cache rows of rejected tokens are overwritten by the next round.
-        new = [choices[node] for node in (0, *path)]  # up to the first token that ends the text:
-        new = new[:next((i for i, token in enumerate(new) if token in eos), len(new)) + 1]
+        new = cut_at_end([choices[node] for node in (0, *path)], eos)
         cache.keep(start, path)
         ids += new
-        yield Round(new, path[:len(new)], draft)
+        yield Round(new, path[:len(new)], replace(draft, hidden=None))
         if new[-1] in eos:
             return
 
 
-def refuse_nonfinite(finite, model, ids, drafter, draft):
-    """UserError naming whose NaN or infinity it is: the target's, whose text would be nonsense, or
-    the drafter's, which would draft in vain."""
-    why = f"damaged weights, or too large for {model.norm.weight.dtype} (see --dtype)"
-    if not finite:
-        where = find_nonfinite(model, ids + draft.tokens)
-        raise UserError(f"NaN or infinite values come out of {where}: {why}")
-    if not all(map(math.isfinite, draft.confidence)):
-        raise UserError(f"{drafter.source}: what it drafts with is not finite: {why}")
+def cut_at_end(tokens, eos):
+    """`tokens` up to the first one that ends the text, itself included."""
+    end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens))
+    return tokens[:end + 1]
 
 
 def in_chunks(run, x, cache):
-    """Run a prompt's rows x (1, T, d) from position 0 on, so many at a time; returns (1, T, d)."""
+    """Run a prompt's rows x (1, T, d) from position 0 on, PREFILL_ROWS at a time; (1, T, d)."""
     chunks = []
     for start in range(0, x.shape[1], PREFILL_ROWS):
         chunk = x[:, start:start + PREFILL_ROWS]
@@ -172,23 +184,24 @@ class NoDrafter:
     """Proposes nothing, which makes `generate` vanilla decoding. What a drafter is:
 
     - `depth`: how many of the target's layers it has run on the states that it hands over;
-    - `width`: the rows of a step that it counts on, which must be `generate`'s; None: any will do;
-    - `prefill(ids, cache)`: all prompt tokens but the last -> their states before layer `depth`;
+    - `prefill(ids, cache, sampler)`: a new text. All prompt tokens but the last -> their states
+      before layer `depth`. The sampler is the one that the target chooses with;
     - `draft(ids, n_max, cache)`: a Draft to follow the committed `ids`, at most n_max tokens deep;
     - `observe(hidden, choices, path)`: after each verification of n drafted tokens, hidden
       (1, 1 + n, hidden_size), the target's last states, before its final norm; choices, what the
       target says after each of these nodes; path, the accepted nodes. Committed are the choices
       of node 0 and of the path. The prompt comes first, as a draft that was accepted whole.
 
-    In `cache` it writes the rows of layers below `depth` alone. See docs/drafters.md.
+    In `cache` it writes the rows of layers below `depth` alone. What the command line wants to know
+    of it besides is in drafters/method.py.
     """
-    depth, width = 0, None
+    depth = 0
     source = "drafter"  # where its weights come from, for messages
 
     def __init__(self, model):
         self.model = model
 
-    def prefill(self, ids, cache):
+    def prefill(self, ids, cache, sampler):
         return self.model.embed(ids)
 
     def draft(self, ids, n_max, cache):
@@ -201,18 +214,19 @@ class NoDrafter:
 class KangarooDrafter(NoDrafter):
     """Drafts a chain with the first `exit_layer` layers, the adapter and the target's LM head.
 
-    Serves one call of `generate`, and is given its width and its sampler too: the same noise makes
-    drafter and target choose alike.
+    In the place of that one there may be `head`, which knows fewer tokens.
+
+    It has the sampler of the text: the same noise makes drafter and target choose alike.
     """
 
-    def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, sampler=None, width=WIDTH):
+    def __init__(self, model, adapter, exit_layer, threshold=THRESHOLD, head=None):
         super().__init__(model)
         self.adapter, self.depth, self.threshold = adapter, exit_layer, threshold
-        self.sampler, self.width, self.source = sampler or Sampler(), width, adapter.source
+        self.head, self.source = head or model.lm_head, adapter.source
 
-    def prefill(self, ids, cache):
-        config = self.adapter.config
-        self.adapter_cache = self.model.new_cache(cache.length, config)
+    def prefill(self, ids, cache, sampler):
+        config, self.sampler = self.adapter.config, sampler
+        self.adapter_cache = self.model.new_cache(cache.length, cache.width, config)
         self.seen = len(ids)  # the adapter's cache is valid for positions < seen
         # The exit layer's states by position, from which the adapter catches up.
         self.states = self.adapter_cache.rows.new_zeros(1, cache.length, config.hidden_size)
@@ -222,33 +236,28 @@ class KangarooDrafter(NoDrafter):
         return h
 
     def draft(self, ids, n_max, cache):
-        start, tokens, confidence = len(ids) - 1, [], []
+        start, token, tokens, confidence = len(ids) - 1, ids[-1], [], []
         self.seen = min(self.seen, start)  # what the adapter has seen of a rejected draft is void
-        while True:
-            # The newest token goes to the exit layer even if the draft ends with it, because the
-            # verification starts from its state. At first this is the last committed token.
-            newest, position = [*ids[-1:], *tokens][-1], start + len(tokens)
-            unsure = tokens and confidence[-1] <= self.threshold  # second early exit: the unsure
-            if unsure or len(tokens) == n_max:                    # token itself is verified too
-                self.run_to_exit(newest, position, cache)
-                return Draft(tokens, self.states[:, start:position + 1], confidence)
-            token, probability = self.propose(newest, position, cache)
+        for position in range(start, start + n_max):
+            token, sure = self.propose(token, position, cache)
             tokens.append(token)
-            confidence.append(probability)
+            confidence.append(sure)
+            if sure <= self.threshold:  # second early exit; the unsure token is verified too
+                break
+        # The newest token goes to the exit layer too: the verification starts from its state.
+        self.run_to_exit(token, start + len(tokens), cache)
+        return Draft(tokens, self.states[:, start:start + len(tokens) + 1], confidence)
 
     def propose(self, token, position, cache):
-        """The token drafted to follow `token`, and the drafter's top-1 probability there."""
-        token, top = self.draft_step(token, position, cache).flatten().tolist()  # one host sync
-        return int(token), top
-
-    def draft_step(self, token, position, cache):
-        """What `propose` returns, as a tensor (1, 1, 2) float64."""
+        """The token drafted to follow `token`, and the top-1 probability there: one host sync."""
         self.run_to_exit(token, position, cache)
-        return self.choose(self.adapt(position + 1), position + 1)
+        logits = self.head(self.adapt(position + 1))
+        [[drafted]] = self.sampler.draw(logits, position + 1)
+        return drafted
 
     def run_to_exit(self, token, position, cache):
         """First early exit: run a token through the shallow layers alone."""
-        h = self.model.step([token], position, cache, self.width, 0, self.depth)
+        h = self.model.step([token], position, cache, 0, self.depth)
         self.states[:, position] = h[:, 0]
 
     def adapt(self, end):
@@ -259,40 +268,20 @@ class KangarooDrafter(NoDrafter):
         from its last token; and one more for a round without a draft.
         """
         while self.seen < end:
-            h = self.states[:, self.seen:min(end, self.seen + self.width)]
-            x = self.adapter(*one_shape(h, self.seen, self.adapter_cache, self.width))
+            h = self.states[:, self.seen:min(end, self.seen + self.adapter_cache.width)]
+            x = self.adapter(*one_shape(h, self.seen, self.adapter_cache))
             self.seen += h.shape[1]
         return x[:, h.shape[1] - 1]
 
-    def choose(self, x, position, depth=None):
-        """Adapter states (T, hidden_size) -> (T, K, 2) float64: the K tokens drafted to follow each
-        (K = 1, but for a tree), with its K highest probabilities.
-
-        The tokens stand at position + depth[i] (None: + i).
-        """
-        logits, top = self.predict(x)
-        tokens = self.sampler.candidates(logits, position, depth, top.shape[1])
-        return torch.stack((tokens.double(), top.double()), -1)
-
-    def predict(self, x):
-        """Adapter states (T, hidden_size) -> logits (T, vocab_size), and the top probabilities."""
-        logits = (self.adapter.head or self.model.lm_head)(x)
-        top = self.top((logits.float() / (self.sampler.temperature or 1)).softmax(-1))
-        if self.adapter.vocabulary is not None:
-            every = logits.new_full((len(x), self.model.config.vocab_size), -math.inf)
-            logits = every.index_copy_(1, self.adapter.vocabulary, logits)
-        return logits, top
-
-    def top(self, probabilities):
-        """(T, V) float32 -> the highest of each row (T, 1); of a tree's drafter, more of them."""
-        return probabilities.max(-1, keepdim=True).values
-
 
 # --------------------------------------------------------------------------------------------------
-# Adapters: what makes sense of the exit layer's states
+# The adapter: what makes sense of the exit layer's states
 
 class Adapter(nn.Module):
-    """The paper's: norm → attention → residual → norm, no MLP. The target's own LM head follows."""
+    """The paper's: norm → attention → residual → norm, no MLP. The target's own LM head follows.
+
+    Others, and how they are read from a folder, are in drafters/adapters.py.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -301,36 +290,11 @@ class Adapter(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = self.vocabulary = None  # see draft_from
 
     def forward(self, x, positions, cache=None):
         """Exit-layer states x (B, T, hidden_size) at positions (T,) -> what the LM head reads."""
         rows = Rows.at(self.config, positions, x, cache)
         return self.norm(x + self.self_attn(self.input_layernorm(x), rows, cache))
-
-    def draft_from(self, vocabulary, lm_head):
-        """Draft from the token ids `vocabulary` (N,) alone: a cheaper step, a smaller LM head."""
-        self.vocabulary = vocabulary
-        self.head = Linear(lm_head.weight.shape[1], head=len(vocabulary))
-        self.head.weight = nn.Parameter(lm_head.weight[vocabulary], requires_grad=False)
-
-
-class LayerAdapter(Adapter):
-    """The same with an MLP after the attention: one full layer of a Llama."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, positions, cache=None):
-        rows = Rows.at(self.config, positions, x, cache)
-        x = x + self.self_attn(self.input_layernorm(x), rows, cache)
-        return self.norm(x + self.mlp(self.post_attention_layernorm(x)))
-
-
-# By the name in an adapter's config.json. The first is the paper's.
-ADAPTERS = {"attention": Adapter, "layer": LayerAdapter}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Llama on token ids: configuration, KV cache, forward pass, sampling, and two references.
+"""A Llama on token ids: configuration, KV cache, forward pass, sampling, and a naive reference.
 
 What is special here serves one promise of `kangaroo.py`: speculative decoding gives the bits of
 vanilla decoding.
@@ -8,18 +8,18 @@ vanilla decoding.
   ones. So the layers can be run in pieces, and rolled back by doing nothing.
 - **One shape.** Every decode step computes the same number of rows against a view of the cache
   whose length depends on the position alone (`one_shape`). The same kernels then add up in the same
-  order, whether 1 row is live or 6, provided that a kernel treats its rows alike: `rows_are_alike`
-  checks it.
+  order, whether 1 row is live or 6, provided that a kernel treats its rows alike:
+  `support/self_check.py` looks.
 - **One order.** A node of a tree lies at another row of the cache than vanilla decoding's token
   would, but its row adds up keys and values in the order of positions, as vanilla does
-  (`attend_in_order`).
+  (`support/attention.py`).
 - **One noise.** The random numbers that choose the token at position t depend on (seed, t) alone
   (`Sampler`).
 
-Left out on purpose: files (`support/checkpoint.py`), text (`support/tokenizer.py`), batched
-decoding, quantisation, other architectures. Names are Hugging Face's. Follows transformers'
-modeling_llama.py for the arithmetic and gpt-fast for a cache that is addressed by position. Next:
-`train_adapter.py`.
+Left out on purpose: files (`support/checkpoint.py`), text (`support/tokenizer.py`), which attention
+kernel runs where (`support/attention.py`), faster layouts (`support/packing.py`), batched decoding,
+quantisation, other architectures. Names are Hugging Face's. Follows transformers' modeling_llama.py
+for the arithmetic and gpt-fast for a cache that is addressed by position. Next: `train_adapter.py`.
 """
 import hashlib
 import math
@@ -28,28 +28,16 @@ from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
-from support.errors import UserError
+from support.attention import attend, make_mask
+from support.device import to_device
+from support.errors import require
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-def pinned(data, device):
-    """A list or a CPU tensor as a CPU tensor that is copied to `device` without waiting.
-
-    A copy from memory that is not pinned may wait for all that a GPU has queued.
-    """
-    data = data if torch.is_tensor(data) else torch.tensor(data)
-    return data.pin_memory() if device.type == "cuda" else data
-
-
-def to_device(data, device):
-    """A list or a CPU tensor as a tensor on `device`."""
-    return pinned(data, device).to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """The shape of a Llama. Names and defaults are Hugging Face's, but for rope_* and eos_*."""
     hidden_size: int
@@ -83,18 +71,20 @@ class KVCache:
     """
     BLOCK = {"cpu": 64, "cuda": 256}  # a view grows by so many positions
 
-    def __init__(self, rows, length, layers=None):
+    def __init__(self, rows, length, width, layers=None):
         self.rows = rows      # (2, layers, 1, positions, kv_heads, head_dim), keys and values
         self.length = length  # how many positions are in view
-        self.layers = layers or list(rows.unbind(1))  # the same, a layer each
+        self.width = width    # how many rows every decode step has: see one_shape
+        self.layers = layers or list(rows.unbind(1))  # the same memory, a layer each
         self.slots = self.columns = None  # set by one_shape: slots for trees, columns if width > 8
 
     @classmethod
-    def zeros(cls, config, n_layers, length, like):
+    def zeros(cls, config, length, width, like):
         """Room for `length` positions, in whole blocks, with the dtype and device of `like`."""
         length = cls.in_view(length, like.device)
-        shape = 2, n_layers, 1, length, config.num_key_value_heads, config.head_dim
-        return cls(like.new_zeros(shape), length)
+        shape = (2, config.num_hidden_layers, 1, length, config.num_key_value_heads,
+                 config.head_dim)
+        return cls(like.new_zeros(shape), length, width)
 
     @classmethod
     def in_view(cls, end, device):
@@ -107,11 +97,25 @@ class KVCache:
 
         Attention costs what is in view, not what there is room for.
         """
-        return KVCache(self.rows, self.in_view(end, self.rows.device), self.layers)
+        return KVCache(self.rows, self.in_view(end, self.rows.device), self.width, self.layers)
+
+    def room(self, start):
+        """How many tokens a draft behind position `start` may have, 0 … width − 1.
+
+        Each row must see the view that it would have alone. A step at `start` sees the blocks that
+        hold start + width positions, so a draft ends before one of its rows would need another
+        block. With blocks of 64 and a width of 8: behind position 50 seven tokens, for the step
+        that starts at 57 alone has 65 positions, and behind position 56 none.
+        """
+        block = self.BLOCK[self.rows.device.type]
+        return min(self.width - 1, -(start + self.width) % block)
 
     def keep(self, start, path):
         """After a step whose node i stands at row start + i: move the rows of the nodes `path` to
-        start + 1, start + 2, … In a chain they are there already."""
+        start + 1, start + 2, … In a chain they are there already.
+
+        With start = 5 and path = [2, 3], rows 7 and 8 are copied to rows 6 and 7.
+        """
         if path != list(range(1, len(path) + 1)):
             moved = to_device([start + node for node in path], self.rows.device)
             self.rows[:, :, :, start + 1:start + 1 + len(path)] = self.rows[:, :, :, moved]
@@ -121,23 +125,27 @@ CHAIN_WIDTH = 8  # steps of at most so many rows hold a chain, and use PyTorch's
 MAX_WIDTH = 64   # a step of more rows might not fit in a block of the cache
 
 
-def one_shape(x, start, cache, width, parents=None):
-    """A decode step's (x, positions, cache) for `run_layers`: `width` rows, a view of the cache.
+def one_shape(x, start, cache, parents=None):
+    """A decode step's (x, positions, view of the cache) for `run_layers`: `cache.width` rows.
 
     x (1, T ≤ width, d) are the live rows, from position `start` on. A product of 1 row and one of 5
     rows may run different kernels, add up in different orders and round differently. So every step
     has `width` rows and a view set by `start`; the dead rows are zeros. What they write lies beyond
     the live rows, where no live row sees it and the next step overwrites it.
 
+    At width 8, with blocks of 64, the last committed token at position 10 and 3 drafted ones are 8
+    rows at positions 10 … 17, of which 4 live, over a view of 64 positions; the token alone is too.
+
     With `parents` the rows are the last T nodes of a tree: node 0 is its root, at position `start`;
     parents[i − 1] < i is the parent of node i. Node i lies at row start + i of the cache, its slot,
     and stands at position start + its depth. The view of the cache then says for each row which
-    slot holds which position on the row's path (`columns`).
+    slot holds which position on the row's path: `columns`, with an example in support/attention.py.
     """
+    width, T = cache.width, x.shape[1]
     # The first row's node: x may hold only the newest nodes of the tree.
-    first = 0 if parents is None else 1 + len(parents) - x.shape[1]
+    first = 0 if parents is None else 1 + len(parents) - T
     slots = torch.arange(first, first + width, device=x.device) + start
-    x, view = F.pad(x, (0, 0, 0, width - x.shape[1])), cache.view(start + width)
+    x, view = F.pad(x, (0, 0, 0, width - T)), cache.view(start + width)
     if width > CHAIN_WIDTH:
         view.columns = torch.arange(view.length, device=x.device).repeat(width, 1)
     if parents is None or parents == list(range(len(parents))):  # a chain: slots are positions
@@ -154,15 +162,6 @@ def one_shape(x, start, cache, width, parents=None):
     return x, to_device(depth, x.device) + start, view
 
 
-def room_for_draft(start, width, device):
-    """How many tokens a draft behind position `start` may have, 0 … width − 1.
-
-    Each row must see the view that it would have alone. A step at `start` sees the blocks that hold
-    start + width positions, so a draft ends before one of its rows would need another block.
-    """
-    return min(width - 1, -(start + width) % KVCache.BLOCK[device.type])
-
-
 # --------------------------------------------------------------------------------------------------
 # The model
 
@@ -174,44 +173,22 @@ class Linear(nn.Module):
 
     def __init__(self, in_features, **parts):
         super().__init__()
-        self.parts, self.packed = parts, None
+        self.parts = parts
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
 
     def forward(self, x):
-        if self.packed is None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-    def pack(self, rows):
-        """Replace the weight by oneDNN's blocked copy, made for products of `rows` rows.
-
-        After this there is no training.
-        """
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
-        self.weight = None
-
-
-# Whether F.rms_norm is one kernel on a GPU. In older releases it is eight.
-FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
-
-
-def rms_norm(x, weight, eps):
-    """x (…, d) by its root mean square, times weight (d,)."""
-    if x.is_cuda and FUSED_NORM:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    # The variance of (x, −x) is the mean square of x. layer_norm is one kernel where F.rms_norm is
-    # ten on a CPU, and at decode size the cost is the number of kernels, not their work.
-    both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * len(weight),), eps=eps)
-    return both[..., :len(weight)] * weight
+        return F.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
+    """x (…, size) by its root mean square, times weight (size,)."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 @lru_cache(maxsize=None)  # noqa: UP033 — kept for ever: a CUDA graph may hold its address
@@ -236,24 +213,23 @@ class Rows(NamedTuple):
     slots: torch.Tensor    # (T,) where keys and values are written
     cos: torch.Tensor      # (T, 1, head_dim)
     sin: torch.Tensor      # (T, 1, head_dim), the first half negated
-    mask: torch.Tensor     # (T, S): 0 where a row sees a position, else −inf; None: causal.
-    #                        On a GPU (G T, S), once for each head of a group: attend_by_group
+    mask: torch.Tensor     # which of the S positions in view a row sees; None: causal
     columns: torch.Tensor  # (T, S): the slot that holds a position; None: slots are positions
+    shared: int            # the first so many of these are the positions themselves in all rows
 
     @classmethod
     def at(cls, config, positions, x, cache):
         angle = positions[:, None].float() * inverse_frequencies(config, positions.device)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        slots, mask, columns = positions, None, None
-        if cache is not None:
-            slots, columns = positions if cache.slots is None else cache.slots, cache.columns
-            unseen = torch.arange(cache.length, device=positions.device) > positions[:, None]
-            mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -math.inf)
-            if x.is_cuda and columns is None:
-                mask = mask.repeat(config.num_attention_heads // config.num_key_value_heads, 1)
-                mask[:, -CHUNK:][:, 0].clamp_(min=-30000)  # see attend_by_chunk
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
-        return cls(slots, cos, sin, mask, columns)
+        if cache is None:
+            return cls(positions, cos, sin, None, None, 0)
+        slots, columns = positions if cache.slots is None else cache.slots, cache.columns
+        group = config.num_attention_heads // config.num_key_value_heads
+        mask = make_mask(positions, cache.length, x, group, in_order=columns is not None)
+        # Only a step's own slots may be out of order, and they lie within the last BLOCK + T.
+        shared = cache.length - cache.BLOCK[x.device.type] - x.shape[1]
+        return cls(slots, cos, sin, mask, columns, max(0, shared))
 
 
 def rotate(x, cos, sin):
@@ -269,8 +245,8 @@ def rotate_all(qkv, heads, cos, sin):
 
 
 def rotate_and_write(qkv, heads, cos, sin, slots, layer):
-    """The same, but k and v go to the rows slots (T,) of a layer's cache (2, B, S, kv_heads,
-    head_dim); returns q.
+    """RoPE on q and k of qkv, as in `rotate_all`; returns q, and writes k and v to the rows slots
+    (T,) of a layer's cache (2, B, S, kv_heads, head_dim).
 
     In one write: of two to one memory torch.compile in PyTorch 2.6 makes copies of the whole cache.
     """
@@ -279,86 +255,15 @@ def rotate_and_write(qkv, heads, cos, sin, slots, layer):
     return q
 
 
-def attend(q, k, v, rows):
-    """softmax(q kᵀ / √D) v for q (B, T, H, D) over the rows of k, v (B, S, K, D) that each sees."""
-    if q.is_cuda and rows.mask is not None:
-        return attend_by_group(q, k, v, rows)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rows.mask,
-        is_causal=rows.mask is None, enable_gqa=q.shape[2] != k.shape[2])
-    return y.transpose(1, 2)  # (B, T, H, D)
-
-
-def attend_by_group(q, k, v, rows):
-    """The same for kernels that know no groups: the heads of a group become rows of one head."""
-    (B, T, H, D), K = q.shape, k.shape[2]
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if B == 1 and T <= MAX_WIDTH and k.shape[2] >= LONG and D % 8 == 0:
-        y = attend_by_chunk(q, k, v, rows.mask)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, rows.mask)
-    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-CHUNK, LONG = 256, 1024  # keys of a chunk; views of so many positions and more go by chunks
-
-
-def attend_by_chunk(q, k, v, mask):
-    """The same for q (1, K, R, D) over k, v (1, K, S, D): attention to chunks of the keys, merged.
-
-    A kernel that goes through the keys one after another keeps as many multiprocessors of a GPU
-    busy as there are heads. With the chunks as a batch it is as many times more as there are
-    chunks. Each has a softmax of its own; their shares in the whole are exp of its logsumexp, in
-    float32. (Plain products would round bfloat16 scores; the kernel keeps them in float32.) A
-    softmax over nothing is NaN. So in the last chunk, which may lie wholly behind a row, the row
-    sees the first key, with a share that rounds to 0. (This step has written that key.)
-    """
-    K, R = q.shape[1:3]
-    k, v = (x[0].unflatten(1, (-1, CHUNK)).transpose(0, 1) for x in (k, v))  # (N, K, CHUNK, D)
-    q, mask = q.expand(len(k), -1, -1, -1), mask.unflatten(1, (-1, CHUNK)).transpose(0, 1)
-    mask = mask[:, None].expand(-1, K, -1, -1)  # (N, K, R, CHUNK)
-    if q.is_cuda:  # the kernels behind F.scaled_dot_product_attention, which keeps the logsumexp
-        attention = torch.ops.aten._scaled_dot_product_efficient_attention
-        y, logsumexp, *_ = attention(q, k, v, mask, compute_log_sumexp=True)
-    else:
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        y, logsumexp = attention(q, k, v, attn_mask=mask)
-    share = logsumexp[..., :R].softmax(0)  # the kernel pads the rows
-    return (share[..., None] * y).sum(0, keepdim=True).to(q.dtype)
-
-
 def silu_and_multiply(gate_up):
     """gate_up (…, 2 n), gate and up side by side -> (…, n)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def attend_in_order(q, k, v, rows):
-    """Attention in which each row adds up in order of position, wherever its keys lie.
-
-    q (1, T, H, D) are T nodes, k and v (1, S, K, D) the slots in view; returns (1, T, H, D).
-
-    Floating-point sums depend on the order of their terms. The scores are one product with the
-    slots as they lie, then put in order by row. Only the step's own slots can be out of order, and
-    they lie within the last BLOCK + T of the view: these values are gathered by row, all before are
-    one product. Vanilla decoding at a width above 8 does the same, with slots that are positions.
-    """
-    (_, T, H, D), (_, S, K, _) = q.shape, k.shape
-    shared = max(0, S - KVCache.BLOCK[k.device.type] - T)
-    # (K, T, G, D): the G heads of a group share keys and values.
-    q = (q * D ** -0.5).view(T, K, H // K, D).transpose(0, 1)
-    scores = (q.reshape(K, -1, D) @ k[0].permute(1, 2, 0)).view(K, T, -1, S)
-    scores = scores.gather(3, rows.columns[None, :, None].expand_as(scores)) + rows.mask[:, None]
-    p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    y = p[..., shared:] @ v[0][rows.columns[:, shared:]].permute(2, 0, 1, 3)  # (K, T, G, D)
-    if shared:
-        y = y + (p[..., :shared].reshape(K, -1, shared) @ v[0, :shared].transpose(0, 1)).view_as(y)
-    return y.transpose(0, 1).reshape(1, T, H, D)
-
-
 class Attention(nn.Module):
     """Causal grouped-query self-attention with RoPE, of the target's layers and of the adapter."""
+    rotate_and_write = staticmethod(rotate_and_write)  # a hook: support/graphs.py has it compiled
 
     def __init__(self, config):
         super().__init__()
@@ -374,13 +279,15 @@ class Attention(nn.Module):
             q, k, v = rotate_all(qkv, self.heads, rows.cos, rows.sin)
         else:
             both = cache.layers[layer]
-            q = rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, both)
+            q = self.rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, both)
             k, v = both[:, :, :cache.length]  # (1, S, K, D)
-        y = attend(q, k, v, rows) if rows.columns is None else attend_in_order(q, k, v, rows)
+        y = attend(q, k, v, rows.mask, rows.columns, rows.shared)
         return self.o_proj(y.flatten(2))
 
 
 class MLP(nn.Module):
+    silu_and_multiply = staticmethod(silu_and_multiply)  # a hook, as above
+
     def __init__(self, config):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -388,7 +295,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, down_proj=hidden)
 
     def forward(self, x):
-        return self.down_proj(silu_and_multiply(self.gate_up_proj(x)))
+        return self.down_proj(self.silu_and_multiply(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -410,7 +317,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.fingerprint = self.former_fingerprint = None  # see support/checkpoint.py
+        self.fingerprint = None  # which model this is: see support/checkpoint.py
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -421,10 +328,10 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def new_cache(self, length, config=None):
-        """A KV cache of zeros for `length` positions, for these layers or an adapter's `config`."""
-        config = config or self.config
-        return KVCache.zeros(config, config.num_hidden_layers, length, self.norm.weight)
+    def new_cache(self, length, width, config=None):
+        """A KV cache of zeros for `length` positions and steps of `width` rows, for these layers or
+        those of an adapter's `config`."""
+        return KVCache.zeros(config or self.config, length, width, self.norm.weight)
 
     def embed(self, ids):
         """Token ids, a list or a tensor (T,), -> (1, T, hidden_size)."""
@@ -442,14 +349,14 @@ class Llama(nn.Module):
             x = self.layers[i](x, rows, cache, i)
         return x
 
-    def step(self, x, start, cache, width, first, last, parents=None):
+    def step(self, x, start, cache, first, last, parents=None):
         """Layers first … last − 1 on a decode step, as `one_shape` has it.
 
         x: states (1, T, hidden_size), or ids, a list or (T,). Returns (1, width, hidden_size).
         """
         if not torch.is_tensor(x) or x.dim() == 1:
             x = self.embed(x)
-        return self.run_layers(*one_shape(x, start, cache, width, parents), first, last)
+        return self.run_layers(*one_shape(x, start, cache, parents), first, last)
 
     def logits(self, x):
         """States after the last layer (…, hidden_size) -> (…, vocab_size), in the model's dtype."""
@@ -472,57 +379,41 @@ def build(cls, config, device, dtype):
     return module
 
 
-def pack(module, rows):
-    """On a CPU, keep weights in oneDNN's blocked layout for products of `rows` rows.
-
-    Reading them is then about 1.7 times as fast. Changes nothing where the operator or the dtype is
-    not supported. A tied LM head becomes a copy of the embedding.
-    """
-    ops, weight = torch.ops.mkldnn, next(module.parameters())
-    try:
-        fast = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            weight.dtype == torch.float32
-            or weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()
-            or weight.dtype == torch.float16 and ops._is_mkldnn_fp16_supported())
-        for linear in [m for m in module.modules() if isinstance(m, Linear)] if fast else []:
-            linear.pack(rows)
-    except (AttributeError, RuntimeError, NotImplementedError):
-        pass  # an operator of this PyTorch is missing: plain products are right, only slower
-    return module
-
-
 # --------------------------------------------------------------------------------------------------
 # Sampling
+
+@lru_cache(maxsize=32)  # drafter and verifier ask for the same
+def gumbel_noise(seed, position, vocab_size, device):
+    """Gumbel noise (vocab_size,) float32 of one position, finite at both ends.
+
+    It comes from the CPU, so that it is the same on every device.
+    """
+    # The generator takes 32 bits of a seed.
+    key = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    # Multiples of 2⁻⁵³, below 1, and above 0 once clamped. In float32 some would round to 1.
+    u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).clamp_(min=2 ** -54)
+    # −log(1 − u) has full precision where it is small, where the winners are.
+    return to_device(-(-torch.log1p(-u)).log().float(), device)
+
 
 class Sampler:
     """Chooses tokens from logits. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
 
     The token at position t is argmax(log p + Gumbel noise of t): a sample from p (Gumbel-max), made
     from noise that is a function of (seed, t) alone. A drafter that uses the same noise tends to
-    choose the same token, and a verifier need only compare. Noise comes from the CPU, so that it is
-    the same on every device. Ties go to the lowest id.
+    choose the same token, and a verifier need only compare. Ties go to the lowest id.
     """
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        for flag, value, fits, want in (
-                ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf,
-                 "0 (greedy) or from 1e-6 on"),
-                ("top-k", top_k, top_k >= 0, "at least 0 (0: off)"),
-                ("top-p", top_p, 0 < top_p <= 1, "in (0, 1]")):
-            if not fits:
-                raise UserError(f"--{flag} {value}: must be {want}")
+        require(temperature == 0 or 1e-6 <= temperature < math.inf,
+                f"temperature {temperature}: must be 0 (greedy) or from 1e-6 on")
+        require(top_k >= 0, f"top_k {top_k}: must be at least 0 (0: off)")
+        require(0 < top_p <= 1, f"top_p {top_p}: must be in (0, 1]")
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
-        self.noise = lru_cache(maxsize=64)(self.make_noise)  # drafter and verifier ask for the same
 
-    def make_noise(self, position, vocab_size, device):
-        """Gumbel noise (vocab_size,) float32 of one position, finite at both ends."""
-        # The generator takes 32 bits of a seed.
-        key = hashlib.blake2b(f"{self.seed} {position}".encode(), digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        # Multiples of 2⁻⁵³, below 1, and above 0 once clamped. In float32 some would round to 1.
-        u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).clamp_(min=2 ** -54)
-        # −log(1 − u) has full precision where it is small, where the winners are.
-        return to_device(-(-torch.log1p(-u)).log().float(), device)
+    def noise(self, position, vocab_size, device):
+        return gumbel_noise(self.seed, position, vocab_size, device)
 
     def scores(self, logits):
         """logits (V,) -> float32 (V,): log p + a constant, −inf for what is excluded.
@@ -562,15 +453,30 @@ class Sampler:
         # max takes the first of equals, and is faster than argmax on a CPU.
         return self.perturbed(logits, position, depth).max(-1).indices
 
-    def candidates(self, logits, position, depth, k):
-        """The k tokens that come nearest to being chosen, the chosen one first: ids (T, k).
+    def draw(self, logits, position, depth=None, k=1):
+        """What a drafter proposes from the logits (T, V) of rows: of each up to k pairs of a token
+        and how sure the drafter is, the likeliest first. Host syncs: one."""
+        return self.fetch(*self.candidates(logits, position, depth, k))
 
-        −1 stands for those that top-k and top-p exclude.
+    def candidates(self, logits, position, depth=None, k=1):
+        """(T, k) ids and (T, k) float32, on the device, of at most V.
+
+        The ids are those that come nearest to being chosen, the chosen one first, or −1 for what
+        top-k and top-p exclude. The numbers are the k highest probabilities at this temperature.
         """
+        probabilities = (logits.float() / (self.temperature or 1)).softmax(-1)
         if k == 1:
-            return self.choose(logits, position, depth)[:, None]
+            tokens = self.choose(logits, position, depth)[:, None]
+            return tokens, probabilities.max(-1, keepdim=True).values
+        k = min(k, logits.shape[1])
         best = self.perturbed(logits, position, depth).topk(k)
-        return best.indices.masked_fill(best.values == -math.inf, -1)
+        tokens = best.indices.masked_fill(best.values == -math.inf, -1)
+        return tokens, probabilities.topk(k).values
+
+    def fetch(self, tokens, sure):
+        """What `candidates` gives, as lists of pairs on the host."""
+        rows = torch.stack((tokens.double(), sure.double()), -1).tolist()
+        return [[(int(token), p) for token, p in row if token >= 0] for row in rows]
 
 
 def largest(values, least, n):
@@ -581,7 +487,7 @@ def largest(values, least, n):
 
 
 # --------------------------------------------------------------------------------------------------
-# Two references: the oracle and the assumption
+# The oracle
 
 @torch.inference_mode()
 def generate_naive(model, prompt, max_new_tokens, sampler, eos=()):
@@ -593,64 +499,3 @@ def generate_naive(model, prompt, max_new_tokens, sampler, eos=()):
         if ids[-1] in eos:
             break
     return ids[len(prompt):]
-
-
-@torch.inference_mode()
-def rows_are_alike(model, width, start=None):
-    """Does this device treat the rows of a step alike, so that one shape means one result?
-
-    `width` tokens run as one step and one by one; logits and cache must be equal bit for bit. At a
-    width for trees, once more as two branches whose nodes alternate. Two layers and the LM head
-    suffice, because all layers have the same shapes and so run the same kernels. Costs at most 1.5
-    × width + 2 steps of two layers; on a GPU, where attention may run another kernel over a long
-    view than over a short one, twice that.
-    """
-    device = model.norm.weight.device
-    if start is None:
-        block = KVCache.BLOCK[device.type]
-        first = (1 - width) % block  # from here on there is room for a whole draft
-        starts = (first, first + 8 * block) if device.type == "cuda" else (first,)
-        return all(rows_are_alike(model, width, start) for start in starts)
-    depth = min(2, len(model.layers))
-    generator = torch.Generator().manual_seed(0)
-    assert room_for_draft(start, width, device) == width - 1
-    seen = torch.randn(2, depth, 1, start + 2 * width, model.config.num_key_value_heads,
-                       model.config.head_dim, generator=generator)
-    x = model.embed(torch.randint(model.config.vocab_size, (width,), generator=generator).tolist())
-
-    def step(x, start, cache, parents=None):
-        return model.logits(model.step(x, start, cache, width, 0, depth, parents))[0]
-
-    chain, branches = list(range(width - 1)), [max(0, node - 1) for node in range(width - 1)]
-    for parents in (chain, branches) if width > CHAIN_WIDTH else (chain,):
-        path = [width - 1]
-        while path[0]:
-            path.insert(0, parents[path[0] - 1])
-        end, found = start + len(path), []
-        for together in (True, False):
-            cache = model.new_cache(start + 2 * width)  # one at a time: with graphs it is recorded
-            cache.rows[:, :depth, :, :seen.shape[3]] = seen.to(device)
-            if together:
-                logits = step(x, start, cache, parents)[path]
-                cache.keep(start, path[1:])
-            else:
-                logits = torch.stack([step(x[:, node:node + 1], start + i, cache)[0]
-                                      for i, node in enumerate(path)])
-            found.append((logits, cache.rows[:, :depth, :, :end].clone()))
-            del cache
-        if not all(map(torch.equal, *found)):
-            return False
-    return True
-
-
-def find_nonfinite(model, ids):
-    """Where NaN or infinity first appears in a pass over ids, in words."""
-    x, positions = model.embed(ids), torch.arange(len(ids), device=model.norm.weight.device)
-    # With a cache, because attention without a mask turns NaN scores into zeros on a CPU.
-    cache = KVCache.zeros(model.config, len(model.layers), len(ids), x)
-    where = ["the embedding"] + [f"layer {i}" for i in range(len(model.layers))]
-    for i, name in enumerate(where):
-        x = model.run_layers(x, positions, cache, i - 1, i) if i else x
-        if not x.isfinite().all():
-            return name
-    return "the final norm or the LM head"

@@ -22,39 +22,53 @@ paper's W, N, G are 15, 5, 15, in 120 rows. Left out on purpose: several GPUs.
 """
 import random
 
+from drafters.method import Method
 from kangaroo import Draft, NoDrafter
-from llama import CHAIN_WIDTH
-from support.errors import UserError
+from support.errors import require
 
-# W, N, G and the rows of a step: for a CPU, where a wide step is dear.
-WINDOW, NGRAM, CANDIDATES, LOOKAHEAD_WIDTH = 6, 3, 2, 16
+# W, N and G: for a CPU, where a wide step is expensive.
+WINDOW, NGRAM, CANDIDATES = 6, 3, 2
 
 
-class LookaheadDrafter(NoDrafter):
+class LookaheadDrafter(Method, NoDrafter):
     """Drafts a tree of `window` columns and of up to `candidates` n-grams of `ngram` tokens."""
+    name, usual_width = "lookahead", 16
+    grid = [{"width": 16, "window": w, "ngram": n, "candidates": g}
+            for w, n, g in ((6, 3, 2), (4, 3, 4), (3, 4, 2), (1, 4, 4))]
 
-    def __init__(self, model, width=LOOKAHEAD_WIDTH, window=WINDOW, ngram=NGRAM,
-                 candidates=CANDIDATES):
+    def __init__(self, model, window=WINDOW, ngram=NGRAM, candidates=CANDIDATES):
         super().__init__(model)
-        rows = window * (ngram - 1)  # the last committed token among them
-        for fits, message in (
-                (window >= 1 and ngram >= 2 and candidates >= 0,
-                 f"lookahead: window {window}, ngram {ngram} and candidates {candidates} must be "
-                 "at least 1, 2 and 0"),
-                (width > CHAIN_WIDTH,
-                 f"--width {width}: must be above {CHAIN_WIDTH} for --drafter lookahead"),
-                (rows <= width, f"--width {width}: must be at least {rows}, the rows of a window "
-                 f"of {window} columns of {ngram - 1} tokens")):
-            if not fits:
-                raise UserError(message)
-        self.width, self.window, self.ngram, self.candidates = width, window, ngram, candidates
+        require(window >= 1 and ngram >= 2 and candidates >= 0,
+                f"lookahead: window {window}, ngram {ngram} and candidates {candidates} must be at "
+                "least 1, 2 and 0")
+        self.window, self.ngram, self.candidates = window, ngram, candidates
 
-    def prefill(self, ids, cache):
+    @classmethod
+    def usual(cls, decoder):
+        return {"steps": decoder.width - 1, "window": WINDOW, "ngram": NGRAM,
+                "candidates": CANDIDATES}
+
+    @classmethod
+    def make(cls, decoder, settings):
+        return cls(decoder.model, settings.window, settings.ngram, settings.candidates)
+
+    @classmethod
+    def drafts_trees(cls, width):
+        return True
+
+    @classmethod
+    def check(cls, settings, width):
+        super().check(settings, width)
+        rows = settings.window * (settings.ngram - 1)  # the last committed token among them
+        require(rows <= width, f"--width {width}: must be at least {rows}, the rows of a window of "
+                f"{settings.window} columns of {settings.ngram - 1} tokens")
+
+    def prefill(self, ids, cache, sampler):
         self.columns, self.ends = [], []  # of the window, and the node of each one's last token
         self.pool, self.random = {}, random.Random(0)
         for i in range(len(ids) - self.ngram + 1):  # the prompt as a reference
             self.learn(ids[i:i + self.ngram])
-        return super().prefill(ids, cache)
+        return super().prefill(ids, cache, sampler)
 
     def learn(self, ngram):
         """Remember how the text goes on after the first token; the latest `candidates` stay."""
@@ -73,7 +87,7 @@ class LookaheadDrafter(NoDrafter):
             chain = hang(edges, chain, column[:1]) if j else 0
             self.ends.append(hang(edges, chain, column[1:]))
         for tokens in reversed(self.pool.get(ids[-1], [])):
-            hang(edges, 0, tokens[:min(n_max, self.width - 1 - len(edges))])
+            hang(edges, 0, tokens[:min(n_max, cache.width - 1 - len(edges))])
         parents, tokens = zip(*edges) if edges else ((), ())
         return Draft(list(tokens), parents=list(parents))
 

@@ -3,15 +3,17 @@
 State between rounds: none. Rows of a step: the last committed token and the copied ones. Needs: a
 text that repeats its prompt or itself. No layer runs for a draft, and nothing is trained.
 """
+from drafters.method import Method
 from kangaroo import Draft, NoDrafter
 
 
-class PromptLookupDrafter(NoDrafter):
+class PromptLookupDrafter(Method, NoDrafter):
     """Proposes what followed the latest earlier occurrence of the last `ngram` tokens."""
-    ngram = 2
+    name, ngram = "lookup", 2
+    grid = [{"width": width, "steps": width - 1} for width in (2, 4, 8)]
 
     def draft(self, ids, n_max, cache):
         key, latest = ids[-self.ngram:], len(ids) - self.ngram - 1
-        found = next((i for i in range(latest, -1, -1) if ids[i:i + self.ngram] == key), len(ids))
-        tokens = ids[found + self.ngram:][:n_max]
+        start = next((i for i in range(latest, -1, -1) if ids[i:i + self.ngram] == key), len(ids))
+        tokens = ids[start + self.ngram:][:n_max]
         return Draft(tokens)

@@ -16,10 +16,22 @@ last committed token and the K or the tree's. Needs: heads trained for this targ
 width above 8. Reads the heads that the authors' code saves (Medusa-1). Left out on purpose: their
 "typical acceptance", which changes the text.
 """
-import math
+from pathlib import Path
 
-from kangaroo import WIDTH, Adapter, Draft, NoDrafter
-from llama import Linear, Sampler
+from drafters.adapters import PartialHead
+from drafters.method import Method, Part
+from kangaroo import Draft, NoDrafter
+from llama import Linear, build
+from support.checkpoint import (
+    load_weights,
+    pickle_entries,
+    read_json,
+    refuse_misfit,
+    safetensors_entries,
+    vocabulary_ids,
+)
+from support.errors import require
+from support.packing import pack
 
 import torch
 import torch.nn as nn
@@ -28,6 +40,7 @@ import torch.nn.functional as F
 # A path a node, parents first, the likeliest first: of 3 heads, in 15 rows.
 TREE = ((0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 2), (0, 0, 1), (3,), (0, 1, 0),
         (2, 0), (1, 1), (1, 0, 0), (0, 0, 2))
+TREE_WIDTH = 16  # rows of a step of a tree
 
 
 class Block(nn.Module):
@@ -47,8 +60,6 @@ class Heads(nn.Module):
     Named as the authors name them: 0.0.linear.weight is of head 1's first block, and with one block
     0.1.weight its projection.
     """
-    draft_from = Adapter.draft_from  # sets vocabulary, and head: these rows of the target's LM head
-
     def __init__(self, shape):
         super().__init__()
         heads, blocks, size, vocab_size = shape  # vocab_size 0: the target's LM head projects
@@ -57,7 +68,7 @@ class Heads(nn.Module):
         for head in self.heads if vocab_size else ():
             head.append(Linear(size, **{str(blocks): vocab_size}))
         self.own, self.tree, self.source = bool(vocab_size), TREE, "heads"
-        self.head = self.vocabulary = None
+        self.head = None  # a PartialHead that projects in the place of the target's LM head
 
     def forward(self, x, n, lm_head):
         """The target's normed state x (1, hidden_size) -> what the first n heads say, (n, V)."""
@@ -65,23 +76,43 @@ class Heads(nn.Module):
         return x if self.own else (self.head or lm_head)(x)
 
 
-class MedusaDrafter(NoDrafter):
+class MedusaDrafter(Method, NoDrafter):
     """Drafts each head's first choice; with `tree`, its paths of choices, at most width − 1 nodes.
-
-    Serves one call of `generate`, and is given its width and its sampler too.
     """
+    name = "medusa"
+    part = Part("heads", "Medusa heads", "--adapter", "DIR", "for medusa: its heads' folder",
+                "medusa")
+    grid = [{"width": width, "steps": width - 1} for width in (2, 3, 4)]
 
-    def __init__(self, model, heads, sampler=None, width=WIDTH, tree=None):
+    def __init__(self, model, heads, tree=None):
         super().__init__(model)
-        self.heads, self.sampler, self.source = heads, sampler or Sampler(), heads.source
-        self.width = width
+        self.heads, self.source = heads, heads.source
         chain = [(0,) * (k + 1) for k in range(len(heads.heads))]
-        paths = [tuple(path) for path in tree or chain if len(path) <= len(chain)]
-        self.tree = paths[:width - 1]
+        self.tree = [tuple(path) for path in tree or chain if len(path) <= len(chain)]
 
-    def prefill(self, ids, cache):
-        self.state = None
-        return super().prefill(ids, cache)
+    @classmethod
+    def usual(cls, decoder):
+        return {"steps": len(decoder.heads.heads)}
+
+    @classmethod
+    def make(cls, decoder, settings):
+        return cls(decoder.model, decoder.heads)
+
+    @classmethod
+    def load(cls, path, decoder):
+        return pack(load_heads(path, decoder.model), decoder.width)
+
+    @classmethod
+    def describe(cls, decoder, settings):
+        return f"medusa, {len(decoder.heads.heads)} heads, γ {settings.steps}"
+
+    @classmethod
+    def advise(cls, decoder):
+        return f"check that the heads {decoder.heads.source} are trained, for this model"
+
+    def prefill(self, ids, cache, sampler):
+        self.state, self.sampler = None, sampler
+        return super().prefill(ids, cache, sampler)
 
     def observe(self, hidden, choices, path):
         last = path[-1] if path else 0  # the last token that was run and is committed
@@ -90,32 +121,42 @@ class MedusaDrafter(NoDrafter):
     def draft(self, ids, n_max, cache):
         tokens, confidence, parents, nodes = [], [], [], {(): 0}
         choices = self.choices(len(ids), n_max)
-        for path in self.tree:
+        for path in self.tree[:cache.width - 1]:
             if len(path) <= len(choices) and path[:-1] in nodes:
-                token, p = choices[len(path) - 1][path[-1]]
-                if token >= 0:  # top-k and top-p may leave fewer
+                of_head = choices[len(path) - 1]
+                if path[-1] < len(of_head):  # top-k and top-p may leave fewer
+                    token, p = of_head[path[-1]]
                     nodes[path] = len(nodes)
-                    tokens.append(int(token))
+                    tokens.append(token)
                     confidence.append(p)
                     parents.append(nodes[path[:-1]])
         return Draft(tokens, None, confidence, parents)
 
     def choices(self, position, n):
         """Of each of the first n heads the likeliest (token, probability), the first one's token to
-        stand at `position`. The noise is that of where a token will stand."""
+        stand at `position`. The noise is that of where a token will stand. Host syncs: one."""
         if self.state is None or not n:
             return []  # nothing has been run yet: the prompt was one token
         logits = self.heads(self.state, n, self.model.lm_head)
-        size = self.model.config.vocab_size
-        if self.heads.vocabulary is not None:
-            every = logits.new_full((len(logits), size), -math.inf)
-            logits = every.index_copy_(1, self.heads.vocabulary, logits)
-        k = 1 + max(map(max, self.tree))
-        top = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).topk(min(k, size))
-        tokens = self.sampler.candidates(logits, position, None, min(k, size))
-        drafted = torch.stack((tokens.double(), top.values.double()), -1)
-        none = [[-1, 0.0]] * k  # a vocabulary may be smaller than the tree is wide
-        return [row + none for row in drafted.tolist()]  # one host sync
+        return self.sampler.draw(logits, position, k=1 + max(map(max, self.tree)))
+
+
+class MedusaTreeDrafter(MedusaDrafter):
+    """Drafts the tree of choices that the heads' folder names, its first `nodes` nodes."""
+    name, tree_of, usual_width = "medusa-tree", "medusa", TREE_WIDTH
+    grid = [{"width": width, "nodes": width - 1} for width in (9, 12, 16)]
+
+    @classmethod
+    def usual(cls, decoder):
+        return super().usual(decoder) | {"nodes": len(decoder.heads.tree)}
+
+    @classmethod
+    def make(cls, decoder, settings):
+        return cls(decoder.model, decoder.heads, decoder.heads.tree[:settings.nodes])
+
+    @classmethod
+    def describe(cls, decoder, settings):
+        return super().describe(decoder, settings) + f", tree of {settings.nodes} nodes"
 
 
 def sparse_tree(right, nodes):
@@ -131,3 +172,65 @@ def sparse_tree(right, nodes):
         if len(path) < len(right):
             near |= {(*path, i): p * q for i, q in enumerate(right[len(path)])}
     return tree
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+HEADS_FILES = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
+
+
+def load_heads(folder, model):
+    """The heads in a folder, for this target: config.json, and one of HEADS_FILES.
+
+    They are as many as the file has: a published config.json may count fewer. Without projections
+    of their own they use the target's LM head, or the rows of it that `vocabulary` lists.
+    """
+    folder = Path(folder)
+    path, data, entries = heads_files(folder)
+    refuse_misfit(folder, model.config, data, model)
+    vocabulary, size = entries.pop("vocabulary", None), model.config.hidden_size
+    first = list(entries["0.0.linear.weight"][0]) if "0.0.linear.weight" in entries else []
+    require(first[-1:] in ([], [size]),
+            f"{path}: the heads have hidden_size = {first[-1:]}, the model [{size}]")
+    blocks = data["medusa_num_layers"]
+    n = max(data["medusa_num_heads"], len({name.split(".")[0] for name in entries}))
+    own = model.config.vocab_size if f"0.{blocks}.weight" in entries else 0
+    require(not own or not vocabulary,
+            f"{path}: holds projections, which have no use for `vocabulary`")
+    weight = model.norm.weight
+    heads = build(Heads, (n, blocks, size, own), weight.device, weight.dtype)
+    load_weights(heads, {f"heads.{name}": entry for name, entry in entries.items()}, path)
+    if vocabulary:
+        heads.head = PartialHead(model.lm_head, vocabulary_ids(folder, vocabulary[1](), model))
+    heads.tree = tree_of(folder / "config.json", data.get("medusa_choices", TREE))
+    heads.source, heads.facts = str(folder), data
+    return heads.eval()
+
+
+def heads_files(folder):
+    """(path of the weights, config.json as a dict, {name: (shape, function that reads)})."""
+    paths = [folder / name for name in HEADS_FILES if (folder / name).exists()]
+    require(paths, f"{folder}: --drafter medusa wants a folder with config.json and "
+            f"{' or '.join(HEADS_FILES)}")
+    where = folder / "config.json"
+    data = {"medusa_num_layers": 1} | read_json(where)
+    for name in ("medusa_num_heads", "medusa_num_layers"):
+        require(isinstance(data.get(name), int) and data[name] >= 1,
+                f"{where}: {name} = {data.get(name)!r}, must be an integer of at least 1")
+    if paths[0].suffix == ".safetensors":
+        return paths[0], data, safetensors_entries(paths[0])
+    return paths[0], data, pickle_entries(paths[0], {})
+
+
+def tree_of(where, paths):
+    """The tree that a config.json names, checked: paths of choices, each one's parent before it."""
+    seen = {()}
+    for path in paths if isinstance(paths, (list, tuple)) else [None]:
+        require(path and isinstance(path, (list, tuple))
+                and all(isinstance(i, int) and i >= 0 for i in path)
+                and tuple(path[:-1]) in seen and tuple(path) not in seen,
+                f"{where}: medusa_choices must be a list of paths such as [0, 1], each after the "
+                f"path without its last choice, {path!r} is not")
+        seen.add(tuple(path))
+    return [tuple(path) for path in paths]

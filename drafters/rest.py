@@ -23,13 +23,20 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-from kangaroo import WIDTH, Draft, NoDrafter
+from drafters.method import Method, Part
+from kangaroo import Draft, NoDrafter
 from llama import CHAIN_WIDTH
+from support.checkpoint import safetensors_entries
+from support.errors import require
+from support.tokenizer import vocabulary_digest
 
+import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 LONGEST, MATCHES = 16, 128  # tokens of the text to look up; places to look at
 REST_STEPS = 10  # how deep a tree is: γ
+MAKE_ONE = "make one with python drafters/rest.py"
 END = -1  # stands behind each document: no id, and before all ids in the order
 
 
@@ -67,6 +74,28 @@ class Datastore:
         return bisect_left(self.order, key, key=lambda i: self.tokens[i:i + len(key)])
 
 
+def read_datastore(path, tokenizer, vocab_size):
+    """A Datastore from its file; UserError if it is none, or one of another tokenizer."""
+    entries = safetensors_entries(path)
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata() or {}
+    require(set(entries) == {"tokens", "order"} and {"tokenizer", "vocabulary"} <= set(facts),
+            f"{path}: is no datastore, {MAKE_ONE}")
+    size, made_with = len(tokenizer.vocabulary()), facts["tokenizer"]
+    require(made_with == vocabulary_digest(tokenizer),
+            f"{path}: made with another tokenizer (of {facts['vocabulary']} tokens, digest "
+            f"{made_with}) than the model's (of {size} tokens, digest "
+            f"{vocabulary_digest(tokenizer)}), {MAKE_ONE}")
+    tokens, order = (entries[name][1]() for name in ("tokens", "order"))
+    for name, t, least, end in (("tokens", tokens, END, vocab_size),
+                                ("order", order, 0, tokens.numel())):
+        require(t.dtype == torch.int32 and t.shape == tokens.shape and t.dim() == 1 and len(t)
+                and t.min() >= least and t.max() < end,
+                f"{path}: damaged, {name} must be as many int32 as there are tokens, from {least} "
+                f"to {end - 1}; {MAKE_ONE}")
+    return Datastore(tokens, order, str(path))
+
+
 def suffix_order(tokens):
     """Where the suffixes of tokens (n,) begin, in the order of their first 32 tokens: (n,) int32.
 
@@ -81,19 +110,49 @@ def suffix_order(tokens):
     return order.int()
 
 
-class RestDrafter(NoDrafter):
-    """Proposes the `nodes` heaviest nodes of the tree of continuations in `store`."""
+class RestDrafter(Method, NoDrafter):
+    """Proposes the `nodes` heaviest nodes of the tree of continuations in `store`.
 
-    def __init__(self, model, store, width=WIDTH, nodes=None):
+    nodes: None is as many as a step has room for.
+    """
+    name = "rest"
+    part = Part("datastore", "datastore", "--datastore", "FILE", "what drafters/rest.py has made",
+                "datastore.safetensors")
+    grid = [{"width": width, "steps": steps, "nodes": width - 1}
+            for width, steps in ((4, 3), (8, 7), (12, 10), (16, 10))]
+
+    def __init__(self, model, store, nodes=None):
         super().__init__(model)
-        self.store, self.width, self.nodes = store, width, min(nodes or width - 1, width - 1)
+        self.store, self.nodes = store, nodes
+
+    @classmethod
+    def usual(cls, decoder):
+        return {"steps": REST_STEPS, "nodes": decoder.width}
+
+    @classmethod
+    def make(cls, decoder, settings):
+        return cls(decoder.model, decoder.datastore, settings.nodes)
+
+    @classmethod
+    def load(cls, path, decoder):
+        return read_datastore(path, decoder.tokenizer, decoder.model.config.vocab_size)
+
+    @classmethod
+    def drafts_trees(cls, width):
+        return width > CHAIN_WIDTH
+
+    @classmethod
+    def describe(cls, decoder, settings):
+        text = f"rest with {Path(decoder.datastore.source).name}, γ {settings.steps}"
+        return text + f", tree of {settings.nodes} nodes" * cls.drafts_trees(decoder.width)
 
     def draft(self, ids, n_max, cache):
         texts = self.store.continuations(ids, n_max)
         weight = Counter(text[:n] for text in texts for n in range(1, len(text) + 1))
         # A node is the path that leads to it. No path weighs more than one that it goes on from.
         best = sorted(weight, key=lambda path: (-weight[path], len(path)))
-        best = (best if self.width > CHAIN_WIDTH else heaviest_chain(best))[:self.nodes]
+        best = best if self.drafts_trees(cache.width) else heaviest_chain(best)
+        best = best[:min(self.nodes or cache.width - 1, cache.width - 1)]
         node = {(): 0} | {path: i for i, path in enumerate(best, 1)}
         tokens = [path[-1] for path in best]
         return Draft(tokens, parents=[node[path[:-1]] for path in best])

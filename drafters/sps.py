@@ -14,52 +14,84 @@ model. Its vocabulary may be padded to another size.
 """
 import math
 from functools import partial
+from pathlib import Path
 
-from kangaroo import WIDTH, Draft, NoDrafter, in_chunks
-from llama import Sampler, room_for_draft
+from drafters.method import Method, Part
+from kangaroo import STEPS, Draft, NoDrafter, in_chunks
+from support.checkpoint import load_llama, read_config
+from support.errors import require
+from support.packing import pack
+from support.tokenizer import Tokenizer, difference
 
-import torch
 import torch.nn.functional as F
 
 SPS_THRESHOLD = 0.0  # the papers draft γ tokens, however unsure
 
 
-class SpsDrafter(NoDrafter):
+class SpsDrafter(Method, NoDrafter):
     """Drafts a chain with `draft_model`, up to the first token whose top-1 probability is at or
-    below `threshold`: at 0 none is.
+    below `threshold`: at 0 none is."""
+    name = "sps"
+    part = Part("draft_model", "draft model", "--draft-model", "DIR", "a small model's folder",
+                "draft")
+    grid = [{"width": width, "steps": width - 1, "threshold": threshold}
+            for width in (4, 8) for threshold in (0.0, 0.3, 0.5)]
 
-    Serves one call of `generate`, whose width and sampler it shares.
-    """
-    def __init__(self, model, draft_model, threshold=SPS_THRESHOLD, sampler=None, width=WIDTH):
+    def __init__(self, model, draft_model, threshold=SPS_THRESHOLD):
         super().__init__(model)
         self.draft_model, self.threshold = draft_model, threshold
         self.source = getattr(draft_model, "source", "draft model")
-        self.sampler, self.width = sampler or Sampler(), width
 
-    def prefill(self, ids, cache):
-        self.cache = self.draft_model.new_cache(cache.length)
+    @classmethod
+    def usual(cls, decoder):
+        return {"steps": STEPS, "threshold": SPS_THRESHOLD}
+
+    @classmethod
+    def make(cls, decoder, settings):
+        return cls(decoder.model, decoder.draft_model, settings.threshold)
+
+    @classmethod
+    def load(cls, path, decoder):
+        """UserError unless it has the target's tokenizer: what it says in other tokens, the target
+        would never accept."""
+        require(Path(path).is_dir(),
+                f"{path}: no such folder, --draft-model wants that of a small model")
+        what = difference(decoder.tokenizer, Tokenizer(path, read_config(path)))
+        require(not what, f"{path}: has another tokenizer than {decoder.folder} ({what}), "
+                "--draft-model wants a model with the same")
+        model = pack(load_llama(path, decoder.device, decoder.dtype), decoder.width)
+        model.source = str(path)
+        return model
+
+    @classmethod
+    def describe(cls, decoder, settings):
+        return (f"sps with {Path(decoder.draft_model.source).name}, γ {settings.steps}, "
+                f"η {settings.threshold:g}")
+
+    def prefill(self, ids, cache, sampler):
+        self.cache = self.draft_model.new_cache(cache.length, cache.width)
+        self.sampler = sampler
         self.seen = len(ids)  # the cache is valid for positions < seen
         run = partial(self.draft_model.run_layers, first=0, last=len(self.draft_model.layers))
         in_chunks(run, self.read(ids), self.cache)
-        return super().prefill(ids, cache)
+        return super().prefill(ids, cache, sampler)
 
     def draft(self, ids, n_max, cache):
         self.seen = min(self.seen, len(ids) - 1)  # what was run of a rejected draft is void
         n_max = min(n_max, self.draft_model.config.max_position_embeddings - len(ids))
         tokens, confidence = [], []
-        while len(tokens) < n_max and not (tokens and confidence[-1] <= self.threshold):
+        for _ in range(n_max):
             token, sure = self.propose(ids + tokens)
             tokens.append(token)
             confidence.append(sure)
+            if sure <= self.threshold:
+                break
         return Draft(tokens, confidence=confidence)
 
     def propose(self, ids):
-        """The token to follow `ids`, and the top-1 probability where it came from."""
-        logits = self.catch_up(ids)
-        sure = (logits.float() / (self.sampler.temperature or 1)).softmax(-1).max(-1).values
-        token = self.sampler.choose(logits, len(ids))
-        token, sure = torch.cat((token.double(), sure.double())).tolist()  # one host sync
-        return int(token), sure
+        """The token to follow `ids`, and the top-1 probability there: one host sync."""
+        [[drafted]] = self.sampler.draw(self.catch_up(ids), len(ids))
+        return drafted
 
     def catch_up(self, ids):
         """Run the draft model on those of `ids` that it has not seen; logits of what follows.
@@ -69,9 +101,8 @@ class SpsDrafter(NoDrafter):
         that it has alone. Returns (1, vocab_size), of the target's vocabulary.
         """
         while self.seen < len(ids):
-            room = room_for_draft(self.seen, self.width, self.cache.rows.device)
-            new = ids[self.seen:self.seen + 1 + room]
-            h = self.draft_model.step(self.read(new), self.seen, self.cache, self.width, 0,
+            new = ids[self.seen:self.seen + 1 + self.cache.room(self.seen)]
+            h = self.draft_model.step(self.read(new), self.seen, self.cache, 0,
                                       len(self.draft_model.layers))
             self.seen += len(new)
         logits = self.draft_model.logits(h)[0, len(new) - 1:len(new)]

@@ -6,8 +6,11 @@ of the tree, whose growth docs/trees.md explains. Needs: what the chain needs.
 """
 from typing import NamedTuple
 
-from kangaroo import Draft, KangarooDrafter
-from llama import one_shape, to_device
+from drafters.chain import ChainDrafter
+from drafters.method import overrule
+from kangaroo import Draft
+from llama import one_shape
+from support.device import to_device
 
 # γ, η, the rows of a step and the most children of a node. A wide step costs vanilla more, too.
 TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH, TOP_CANDIDATES = 8, 0.2, 16, 10
@@ -22,20 +25,44 @@ class Node(NamedTuple):
     product: float     # of the confidences along its path
 
 
-class TreeDrafter(KangarooDrafter):
+class TreeDrafter(ChainDrafter):
     """Drafts a tree of at most `nodes` tokens, best first, with up to `candidates` children each.
 
-    A node is followed further if its confidence is above `threshold`.
+    A node is followed further if its confidence is above `threshold`. nodes: None is as many as a
+    step has room for.
     """
+    name, tree_of, usual_width = "tree", "kangaroo", TREE_WIDTH
+    grid = [{"width": 16, "steps": steps, "threshold": threshold, "top_candidates": candidates,
+             "nodes": 15}
+            for steps in (4, 8) for threshold in (0.05, 0.2) for candidates in (4, 10)]
 
-    def __init__(self, model, adapter, exit_layer, threshold=TREE_THRESHOLD, sampler=None,
-                 width=TREE_WIDTH, candidates=TOP_CANDIDATES, nodes=None):
-        super().__init__(model, adapter, exit_layer, threshold, sampler, width)
-        self.candidates, self.nodes = candidates, min(nodes or width - 1, width - 1)
+    def __init__(self, model, adapter, exit_layer, threshold=TREE_THRESHOLD, head=None,
+                 candidates=TOP_CANDIDATES, nodes=None):
+        super().__init__(model, adapter, exit_layer, threshold, head)
+        self.candidates, self.nodes = candidates, nodes
 
-    def prefill(self, ids, cache):
+    @classmethod
+    def usual(cls, decoder):
+        """What suits a chain need not suit a tree."""
+        usual = {"steps": TREE_STEPS, "threshold": TREE_THRESHOLD, "top_candidates": TOP_CANDIDATES,
+                 "nodes": decoder.width}
+        return overrule(usual, decoder.adapter.facts.get("tree", {}))
+
+    @classmethod
+    def make(cls, decoder, settings):
+        adapter = decoder.adapter
+        return cls(decoder.model, adapter, adapter.exit_layer, settings.threshold, adapter.head,
+                   settings.top_candidates, settings.nodes)
+
+    @classmethod
+    def describe(cls, decoder, settings):
+        return (super().describe(decoder, settings) + f", tree of {settings.nodes} nodes, "
+                f"{settings.top_candidates} candidates")
+
+    def prefill(self, ids, cache, sampler):
         self.last = None  # the last draft, where its root stood, and how many nodes were adapted
-        return super().prefill(ids, cache)
+        self.most = min(self.nodes or cache.width - 1, cache.width - 1)
+        return super().prefill(ids, cache, sampler)
 
     def draft(self, ids, n_max, cache):
         start, nodes, open_from, pool = len(ids) - 1, [Node(ids[-1], 0, 0, 1.0, 1.0)], 0, []
@@ -43,8 +70,8 @@ class TreeDrafter(KangarooDrafter):
         growing = n_max > 0
         while True:
             rows, parents = nodes[open_from:], [node.parent for node in nodes[1:]]
-            h = self.model.step([node.token for node in rows], start, cache, self.width, 0,
-                                self.depth, parents)[:, :len(rows)]  # first early exit
+            h = self.model.step([node.token for node in rows], start, cache, 0, self.depth,
+                                parents)[:, :len(rows)]  # first early exit
             self.states[:, start + open_from:start + len(nodes)] = h
             if not growing:
                 draft = Draft([node.token for node in nodes[1:]],
@@ -53,7 +80,7 @@ class TreeDrafter(KangarooDrafter):
                 self.last = draft, start, open_from
                 return draft
             if open_from:
-                x = one_shape(h, start, self.adapter_cache, self.width, parents)
+                x = one_shape(h, start, self.adapter_cache, parents)
                 x = self.adapter(*x)[0, :len(rows)]
             else:
                 x = self.adapt(start + 1)
@@ -62,26 +89,27 @@ class TreeDrafter(KangarooDrafter):
             # followed further. Second early exit: when none is, the others end the draft. They are
             # chosen already, so they are verified too.
             pool.sort(key=lambda node: -node.product)
-            best = pool[:self.nodes + 1 - len(nodes)]
+            best = pool[:self.most + 1 - len(nodes)]
             sure = [node for node in best
                     if node.depth < n_max and node.confidence > self.threshold]
             open_from, pool = len(nodes), [node for node in pool if node not in sure]
             nodes += sure or best
-            growing = bool(sure) and len(nodes) <= self.nodes
+            growing = bool(sure) and len(nodes) <= self.most
 
     def children(self, x, rows, first, start):
         """The candidates that follow the open nodes `rows`, of which node `first` is the first.
 
         x (T, hidden_size) is what the adapter makes of them.
         """
-        drafted = self.choose(x, start + 1, [node.depth for node in rows]).tolist()  # one host sync
-        return [Node(int(token), parent, node.depth + 1, p, node.product * p)
+        drafted = self.draw(x, start + 1, [node.depth for node in rows])
+        return [Node(token, parent, node.depth + 1, p, node.product * p)
                 for parent, (node, candidates) in enumerate(zip(rows, drafted), first)
-                for token, p in candidates if token >= 0]
+                for token, p in candidates]
 
-    def top(self, probabilities):
-        """(T, V) float32 -> the K highest of each row (T, K)."""
-        return probabilities.topk(min(self.candidates, probabilities.shape[1])).values
+    def draw(self, x, position, depth):
+        """For each of the adapter's states x (T, hidden_size) the pairs of a candidate and its
+        confidence: one host sync."""
+        return self.sampler.draw(self.head(x), position, depth, self.candidates)
 
     def keep(self, ids):
         """Keep of the last draft what became part of `ids`: the adapter's rows and exit states."""
@@ -90,7 +118,7 @@ class TreeDrafter(KangarooDrafter):
         draft, start, adapted = self.last
         path, node = [], 0
         for token in ids[start + 1:]:
-            if not (node := draft.child(node, token)):
+            if (node := draft.child(node, token)) is None:
                 break
             path.append(node)
         self.adapter_cache.keep(start, path)

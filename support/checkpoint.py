@@ -1,7 +1,6 @@
-"""Files in and out: Hugging Face model folders, adapters, atomic writing. UserError names the file.
+"""Files in and out: Hugging Face model folders, atomic writing. UserError names the file.
 
     config.json -> LlamaConfig     *.safetensors or pytorch_model*.bin -> Llama, its fingerprint
-    adapter folder -> Adapter      folder of Medusa heads -> Heads
 
 Nothing of the algorithm. What a config.json asks for and `llama.py` does not do is refused by name.
 """
@@ -12,14 +11,13 @@ import math
 import os
 import warnings
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from drafters.medusa import TREE, Heads
-from kangaroo import ADAPTERS
 from llama import Linear, Llama, LlamaConfig, build
-from support.errors import UserError
+from support.errors import UserError, require
+from support.packing import use_fast_norms
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
@@ -112,28 +110,31 @@ def read_config(folder):
     context = max(number("max_position_embeddings", 2048), number("max_sequence_length", 1))
     window = number("sliding_window", context) if slides(path, data) else context
     config = LlamaConfig(
-        hidden_size, number("intermediate_size"), number("num_hidden_layers"), heads,
-        number("num_key_value_heads", heads), number("head_dim", hidden_size // heads),
-        number("vocab_size"), min(context, window), number("rms_norm_eps", 1e-6, float),
-        number("rope_theta", 10000.0, float, rope if "rope_theta" in rope else data), rope_type,
-        tuple(number(name, kind=float, source=rope) for name in ROPE_FIELDS[rope_type]),
-        data.get("tie_word_embeddings") or False, data.get("bos_token_id"), eos_ids(folder),
-        window if window < context else None)
-    for fits, message in (
-            (rope_type != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
-             f"low_freq_factor = {rope.get('low_freq_factor')} must be below "
-             f"high_freq_factor = {rope.get('high_freq_factor')}"),
-            (isinstance(config.tie_word_embeddings, bool),
-             f"tie_word_embeddings = {config.tie_word_embeddings!r}, must be true or false"),
-            (config.bos_token_id is None or config.bos_token_id in range(config.vocab_size),
-             f"bos_token_id = {config.bos_token_id!r}, must be below vocab_size = "
-             f"{config.vocab_size}"),
-            (heads % config.num_key_value_heads == 0,
-             f"num_attention_heads = {heads} is no multiple of num_key_value_heads = "
-             f"{config.num_key_value_heads}"),
-            (config.head_dim % 2 == 0, f"head_dim = {config.head_dim} must be even")):
-        if not fits:
-            raise UserError(f"{path}: {message}")
+        hidden_size=hidden_size, intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers"), num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", heads),
+        head_dim=number("head_dim", hidden_size // heads), vocab_size=number("vocab_size"),
+        max_position_embeddings=min(context, window),
+        rms_norm_eps=number("rms_norm_eps", 1e-6, float),
+        rope_theta=number("rope_theta", 10000.0, float, rope if "rope_theta" in rope else data),
+        rope_type=rope_type,
+        rope_scaling=tuple(number(name, kind=float, source=rope)
+                           for name in ROPE_FIELDS[rope_type]),
+        tie_word_embeddings=data.get("tie_word_embeddings") or False,
+        bos_token_id=data.get("bos_token_id"), eos_token_ids=eos_ids(folder),
+        sliding_window=window if window < context else None)
+    require(rope_type != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
+            f"{path}: low_freq_factor = {rope.get('low_freq_factor')} must be below "
+            f"high_freq_factor = {rope.get('high_freq_factor')}")
+    require(isinstance(config.tie_word_embeddings, bool),
+            f"{path}: tie_word_embeddings = {config.tie_word_embeddings!r}, must be true or false")
+    require(config.bos_token_id is None or config.bos_token_id in range(config.vocab_size),
+            f"{path}: bos_token_id = {config.bos_token_id!r}, must be below vocab_size = "
+            f"{config.vocab_size}")
+    require(heads % config.num_key_value_heads == 0,
+            f"{path}: num_attention_heads = {heads} is no multiple of num_key_value_heads = "
+            f"{config.num_key_value_heads}")
+    require(config.head_dim % 2 == 0, f"{path}: head_dim = {config.head_dim} must be even")
     return config
 
 
@@ -329,16 +330,14 @@ def digest(tensors):
     return result.hexdigest()[:16]
 
 
-def fingerprints(samples):
-    """(fingerprint, the one of former versions): tell one Llama from another, of {name: sample}.
+def fingerprint(samples):
+    """Tells one Llama from another, of {name: sample}.
 
     Whatever file the weights are in and of whichever dtype: they go by way of bfloat16 to float16,
     which is where two copies of one model, each rounded, meet. (A small bfloat16 number is rounded
-    again, or lost, in float16.) The former one knew the norms only, and not merged LoRA weights.
+    again, or lost, in float16.)
     """
-    norms = [name for name in sorted(samples) if name.endswith("norm.weight")]
-    return (digest(samples[name].half() for name in sorted(samples)),
-            digest(samples[name] for name in norms))
+    return digest(samples[name].half() for name in sorted(samples))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,9 +365,8 @@ def load_llama(folder, device="cpu", dtype=torch.float32):
                     for name, entry in entries.items() if not is_constant(name)}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # some files store the tied matrix twice
-    samples = load_weights(model, tensors, folder)
-    model.fingerprint, model.former_fingerprint = fingerprints(samples)
-    return model.eval()
+    model.fingerprint = fingerprint(load_weights(model, tensors, folder))
+    return use_fast_norms(model).eval()
 
 
 def weight_files(folder):
@@ -396,177 +394,24 @@ def shards(index):
     return [index.parent / name for name in names]
 
 
-# --------------------------------------------------------------------------------------------------
-# Adapters
-
-# What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
-SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int}
-
-
-def load_adapter(folder, model, exit_layer=None):
-    """(adapter, its config.json as a dict with `exit_layer`) for this target, not packed yet.
-
-    Reads config.json with adapter.safetensors, or with pytorch_model.bin as the published Kangaroo
-    adapters have it. `exit_layer` overrides the config's. The name "random" gives an untrained
-    adapter, to test with. UserError if it does not fit the model.
-    """
-    if str(folder) == "random":
-        layers = model.config.num_hidden_layers
-        return random_adapter(model), {"exit_layer": exit_layer_of("random", {
-            "exit_layer": min(2, layers - 1)}, exit_layer, layers)}
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, --adapter wants one with config.json and "
-                        "adapter.safetensors or pytorch_model.bin")
-    where = folder / "config.json"
-    data = read_json(where)
-    if "medusa_num_heads" in data:
-        raise UserError(f"{where}: holds Medusa heads, for --drafter medusa")
-    config = read_config(folder)
-    refuse_misfit(folder, config, data, model)
-    exit_layer = exit_layer_of(where, data, exit_layer, model.config.num_hidden_layers)
-    refuse_bad_settings(where, data)
-    architecture = data.get("architecture", "attention")
-    if architecture not in list(ADAPTERS):  # a list, for JSON may hold what has no hash
-        raise UserError(f"{where}: architecture = {architecture!r}, choose from "
-                        f"{', '.join(ADAPTERS)}")
-    weight = model.norm.weight
-    adapter = build(ADAPTERS[architecture], config, weight.device, weight.dtype)
-    entries = adapter_entries(folder)
-    vocabulary = entries.pop("vocabulary", None)
-    load_weights(adapter, entries, folder)
-    if vocabulary:
-        adapter.draft_from(vocabulary_ids(folder, vocabulary[1](), model), model.lm_head)
-    adapter.source = str(folder)
-    return adapter.eval(), {**data, "exit_layer": exit_layer}
-
-
-def random_adapter(model):
-    """An untrained adapter: norms are ones, matrices keep the size of what passes through."""
-    config, weight = replace(model.config, num_hidden_layers=1), model.norm.weight
-    adapter = build(ADAPTERS["attention"], config, weight.device, weight.dtype)
-    generator = torch.Generator().manual_seed(0)
-    for p in adapter.parameters():
-        noise = torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
-        p.copy_(noise if p.dim() > 1 else torch.ones_like(p))
-    adapter.source = "random"
-    return adapter.eval()
-
-
 def refuse_misfit(folder, config, data, model):
-    """UserError unless an adapter's config is of this model's shape, and its weights for it."""
+    """UserError unless what was trained for a model is of this one's shape, and for its weights.
+
+    config: the LlamaConfig that it was trained with; data: its config.json.
+    """
     for name in ("hidden_size", "num_attention_heads", "head_dim", "vocab_size"):
-        ours, theirs = getattr(config, name), getattr(model.config, name)
-        if ours != theirs:
-            raise UserError(f"{folder}: the adapter has {name} = {ours}, the model {theirs}")
-    if data.get("target", model.fingerprint) not in (model.fingerprint, model.former_fingerprint):
-        raise UserError(f"{folder / 'config.json'}: trained for another model (fingerprint "
-                        f"{data['target']}, this one has {model.fingerprint}); remove `target` to "
-                        "use it all the same")
-
-
-def exit_layer_of(where, data, wanted, n_layers):
-    """The layers that draft: `wanted`, else what the adapter's config.json says."""
-    exit_layer = data.get("exit_layer") if wanted is None else wanted
-    if exit_layer is None:
-        raise UserError(f"{where}: names no exit_layer, give --exit-layer (the paper: 2 for 7B, 3 "
-                        "for 13B)")
-    if not isinstance(exit_layer, int) or not 0 <= exit_layer < n_layers:
-        raise UserError(f"exit layer {exit_layer!r}: must be at least 0 and below the model's "
-                        f"{n_layers} layers")
-    return exit_layer
-
-
-def refuse_bad_settings(where, data):
-    """UserError unless γ, η and so on are numbers, for the chain and for the tree."""
-    if not isinstance(data.get("tree", {}), dict):
-        raise UserError(f"{where}: tree = {data['tree']!r} is no object with the settings of "
-                        "--tree")
-    for settings in (data, data.get("tree", {})):
-        for name, kind in SETTINGS.items():
-            if name in settings and not isinstance(settings[name], kind):
-                raise UserError(f"{where}: {name} = {settings[name]!r} is not a number that "
-                                f"--{name.replace('_', '-')} would take")
-
-
-def adapter_entries(folder):
-    """{name: (shape, function that reads the tensor)} of an adapter's folder, named as in it."""
-    if (folder / "adapter.safetensors").exists() or not (folder / "pytorch_model.bin").exists():
-        entries = safetensors_entries(folder / "adapter.safetensors")
-    else:
-        entries = pickle_entries(folder / "pytorch_model.bin", {})
-    return {name.removeprefix("layers.0."): entry for name, entry in entries.items()
-            if not is_constant(name)}
+        theirs, ours = getattr(config, name), getattr(model.config, name)
+        require(theirs == ours, f"{folder}: the adapter has {name} = {theirs}, the model {ours}")
+    require(data.get("target", model.fingerprint) == model.fingerprint,
+            f"{folder / 'config.json'}: trained for another model (fingerprint "
+            f"{data.get('target')}, this one has {model.fingerprint}); remove `target` to use it "
+            "all the same")
 
 
 def vocabulary_ids(folder, ids, model):
-    """The token ids that an adapter drafts from, checked, on the model's device."""
+    """The token ids that are drafted, of a file, checked, on the model's device."""
     size = model.config.vocab_size
-    if ids.is_floating_point() or ids.dim() != 1 or not len(ids) or ids.min() < 0 or (
-            ids.max() >= size):
-        raise UserError(f"{folder}: vocabulary must be a list of token ids below vocab_size = "
-                        f"{size}")
+    require(not ids.is_floating_point() and ids.dim() == 1 and len(ids) and ids.min() >= 0
+            and ids.max() < size,
+            f"{folder}: vocabulary must be a list of token ids below vocab_size = {size}")
     return ids.long().to(model.norm.weight.device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Medusa heads
-
-HEADS_FILES = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
-
-
-def load_heads(folder, model):
-    """The heads in a folder, for this target: config.json, and one of HEADS_FILES.
-
-    They are as many as the file has: a published config.json may count fewer. Without projections
-    of their own they use the target's LM head, or the rows of it that `vocabulary` lists.
-    """
-    folder = Path(folder)
-    path, data, entries = heads_files(folder)
-    refuse_misfit(folder, model.config, data, model)
-    vocabulary, size = entries.pop("vocabulary", None), model.config.hidden_size
-    first = list(entries["0.0.linear.weight"][0]) if "0.0.linear.weight" in entries else []
-    if first[-1:] not in ([], [size]):
-        raise UserError(f"{path}: the heads have hidden_size = {first[-1]}, the model {size}")
-    blocks = data["medusa_num_layers"]
-    n = max(data["medusa_num_heads"], len({name.split(".")[0] for name in entries}))
-    own = model.config.vocab_size if f"0.{blocks}.weight" in entries else 0
-    if own and vocabulary:
-        raise UserError(f"{path}: holds projections, which have no use for `vocabulary`")
-    weight = model.norm.weight
-    heads = build(Heads, (n, blocks, size, own), weight.device, weight.dtype)
-    load_weights(heads, {f"heads.{name}": entry for name, entry in entries.items()}, path)
-    if vocabulary:
-        heads.draft_from(vocabulary_ids(folder, vocabulary[1](), model), model.lm_head)
-    heads.tree = tree_of(folder / "config.json", data.get("medusa_choices", TREE))
-    heads.source = str(folder)
-    return heads.eval()
-
-
-def heads_files(folder):
-    """(path of the weights, config.json as a dict, {name: (shape, function that reads)})."""
-    paths = [folder / name for name in HEADS_FILES if (folder / name).exists()]
-    if not paths:
-        raise UserError(f"{folder}: --drafter medusa wants a folder with config.json and "
-                        f"{' or '.join(HEADS_FILES)}")
-    where = folder / "config.json"
-    data = {"medusa_num_layers": 1} | read_json(where)
-    for name in ("medusa_num_heads", "medusa_num_layers"):
-        if not isinstance(data.get(name), int) or data[name] < 1:
-            raise UserError(f"{where}: {name} = {data.get(name)!r}, must be an integer of at least "
-                            "1")
-    if paths[0].suffix == ".safetensors":
-        return paths[0], data, safetensors_entries(paths[0])
-    return paths[0], data, pickle_entries(paths[0], {})
-
-
-def tree_of(where, paths):
-    """The tree that a config.json names, checked: paths of choices, each one's parent before it."""
-    seen = {()}
-    for path in paths if isinstance(paths, (list, tuple)) else [None]:
-        fits = isinstance(path, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in path)
-        if not fits or not path or tuple(path[:-1]) not in seen or tuple(path) in seen:
-            raise UserError(f"{where}: medusa_choices must be a list of paths such as [0, 1], each "
-                            f"after the path without its last choice, {path!r} is not")
-        seen.add(tuple(path))
-    return [tuple(path) for path in paths]

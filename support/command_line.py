@@ -9,28 +9,38 @@ import statistics
 import sys
 from pathlib import Path
 
-from drafters.lookahead import LOOKAHEAD_WIDTH
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
 from llama import CHAIN_WIDTH, MAX_WIDTH, Sampler
 from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import (
-    ADAPTED,
     DEFAULT_MODEL,
     DRAFTERS,
-    HEADED,
-    TREES,
+    drafter_named,
     load,
+    parts_needed,
     seed_of,
+    statistics_of,
     timed,
 )
-from support.errors import UserError
+from support.errors import UserError, require
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, add_trace
 from support.terminal import DIM, Screen
 
-DRAFTING = [name for name in DRAFTERS if name not in TREES.values()]  # the others --tree names
+
+def flags_of_parts():
+    """{flag: (metavar, help)} of the options that bring what drafters need."""
+    parts = [cls.part for cls in parts_needed().values()]
+    return {flag: (next(part.metavar for part in parts if part.flag == flag),
+                   "; ".join(part.help for part in parts if part.flag == flag))
+            for flag in sorted({part.flag for part in parts})}
+
+
+def tree_forms():
+    """{name of a drafter: name of what --tree makes of it}"""
+    return {cls.tree_of: cls.name for cls in DRAFTERS if cls.tree_of}
 
 
 def make_parser():
@@ -43,10 +53,10 @@ def make_parser():
     option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
            "`turns`")
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
-    option("--adapter", "DIR", "its folder, or `random`; Medusa's heads (default: in the model's)")
-    option("--drafter", "NAME", "kangaroo, medusa, lookahead, lookup, sps, rest, none", "kangaroo")
-    option("--draft-model", "DIR", "for sps: a small model's folder (default: in the model's)")
-    option("--datastore", "FILE", "for rest: what drafters/rest.py has made (default: none)")
+    option("--drafter", "NAME", ", ".join(cls.name for cls in DRAFTERS if not cls.tree_of),
+           "kangaroo")
+    for flag_name, (metavar, text) in flags_of_parts().items():
+        option(flag_name, metavar, f"{text} (default: in the model's folder)")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
     option("--steps", "γ", "the most tokens drafted in a round (default: the adapter's or "
@@ -92,44 +102,55 @@ def make_parser():
 
 def parse_arguments(argv):
     args = make_parser().parse_args(argv)
-    if args.width is None:
-        args.width = TREE_WIDTH if args.tree else WIDTH
-        args.width = LOOKAHEAD_WIDTH if args.drafter == "lookahead" else args.width
-    trace, tree = args.trace and Path(args.trace), args.tree
-    for fits, message in (
-            ((args.prompt is None) != (args.prompts is None),
-             "give one of --prompt TEXT and --prompts FILE (see --help)"),
-            (args.drafter in DRAFTING, f"--drafter {args.drafter}: no such drafter, choose from "
-             f"{', '.join(DRAFTING)}"),
-            (args.max_new_tokens >= 1, f"--max-new-tokens {args.max_new_tokens}: must be at least "
-             "1"),
-            (not (args.show_drafts and args.json),
-             "--show-drafts: shows text, leave out --json"),
-            (args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
-            (args.samples == 1 or args.temperature > 0,
-             f"--samples {args.samples}: greedy decoding has one text, give --temperature too"),
-            (args.width >= 1, f"--width {args.width}: must be at least 1"),
-            (args.width <= MAX_WIDTH, f"--width {args.width}: must be at most {MAX_WIDTH}"),
-            (trace is None or trace.parent.is_dir() and not trace.is_dir(),
-             f"--trace {trace}: must be a file, in a folder that exists"),
-            (args.width > 1 or args.drafter == "none",
-             "--width 1: has no room for a draft, give --drafter none too"),
-            (args.drafter in TREES or not tree, f"--tree: is for --drafter {' and '.join(TREES)}, "
-             f"not {args.drafter}"),
-            (args.width > CHAIN_WIDTH or not tree,
-             f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree"),
-            (tree and args.drafter == "kangaroo" or args.top_candidates is None,
-             "--top-candidates: is for a tree of --drafter kangaroo, give --tree too"),
-            (tree or args.drafter == "rest" or args.nodes is None,
-             "--nodes: is for a tree, give --tree too"),
-            (args.drafter == "sps" or args.draft_model is None,
-             f"--draft-model {args.draft_model}: is for --drafter sps"),
-            (args.drafter == "rest" or args.datastore is None,
-             f"--datastore {args.datastore}: is for --drafter rest")):
-        if not fits:
-            raise UserError(message)
-    args.drafter = TREES[args.drafter] if tree else args.drafter
+    names, trees = [cls.name for cls in DRAFTERS if not cls.tree_of], tree_forms()
+    trace, tree, drafter = args.trace and Path(args.trace), args.tree, args.drafter
+    require((args.prompt is None) != (args.prompts is None),
+            "give one of --prompt TEXT and --prompts FILE (see --help)")
+    require(drafter in names,
+            f"--drafter {drafter}: no such drafter, choose from {', '.join(names)}")
+    require(not tree or drafter in trees,
+            f"--tree: is for --drafter {' and '.join(trees)}, not {drafter}")
+    args.drafter = trees[drafter] if tree else drafter
+    cls = drafter_named(args.drafter)
+    args.width = cls.usual_width if args.width is None else args.width
+    require(args.max_new_tokens >= 1,
+            f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    require(not (args.show_drafts and args.json), "--show-drafts: shows text, leave out --json")
+    require(args.samples >= 1, f"--samples {args.samples}: must be at least 1")
+    require(args.samples == 1 or args.temperature > 0,
+            f"--samples {args.samples}: greedy decoding has one text, give --temperature too")
+    require(1 <= args.width, f"--width {args.width}: must be at least 1")
+    require(args.width <= MAX_WIDTH, f"--width {args.width}: must be at most {MAX_WIDTH}")
+    require(trace is None or trace.parent.is_dir() and not trace.is_dir(),
+            f"--trace {trace}: must be a file, in a folder that exists")
+    require(args.width > 1 or args.drafter == "none",
+            "--width 1: has no room for a draft, give --drafter none too")
+    require(args.width > CHAIN_WIDTH or not tree,
+            f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree")
+    require(args.top_candidates is None or args.drafter == "tree",
+            "--top-candidates: is for a tree of --drafter kangaroo, give --tree too")
+    require(args.nodes is None or tree or cls.drafts_trees(CHAIN_WIDTH + 1),
+            "--nodes: is for a tree, give --tree too")
+    for flag in flags_of_parts().keys() - {"--adapter"}:
+        value = getattr(args, attribute(flag))
+        users = [other.name for other in DRAFTERS if other.part and other.part.flag == flag]
+        require(value is None or args.drafter in users,
+                f"{flag} {value}: is for --drafter {' and '.join(users)}")
     return args
+
+
+def attribute(flag):
+    """Where argparse puts what a flag is given."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def make_sampler(args, seed):
+    """A Sampler; a UserError speaks of flags."""
+    try:
+        return Sampler(args.temperature, args.top_k, args.top_p, seed)
+    except UserError as e:
+        name, rest = str(e).split(" ", 1)
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 def summary(results):
@@ -167,14 +188,8 @@ def warning(results, decoder, drafter):
     accepted = sum(sum(r["accepted"]) for r in results)
     if drafted < 64 or accepted >= 0.03 * drafted:
         return None
-    found = f"warning: of {drafted} drafted tokens {accepted} were accepted"
-    if drafter in HEADED:
-        return f"{found}: check that the heads {decoder.heads.source} are trained, for this model"
-    if drafter not in ADAPTED:
-        return f"{found}: this text does not suit --drafter {drafter}"
-    trained = decoder.facts.get("chat_template", "unknown")
-    return (f"{found}: check that the adapter {decoder.adapter.source} is trained, for this model, "
-            f"exit layer and chat template (trained with: {trained}, now: {decoder.chat})")
+    return (f"warning: of {drafted} drafted tokens {accepted} were accepted: "
+            f"{drafter_named(drafter).advise(decoder)}")
 
 
 def vanilla(decoder, ids, args, sampler):
@@ -187,24 +202,25 @@ def vanilla(decoder, ids, args, sampler):
 
 def prepare(args):
     """(decoder, settings) that parsed arguments ask for."""
+    part = drafter_named(args.drafter).part
+    parts = dict.fromkeys(parts_needed(), False)
+    if part:
+        parts[part.name] = getattr(args, attribute(part.flag))
     # The page wants to see each layer run, so --trace goes without graphs.
-    decoder = load(args.model or DEFAULT_MODEL,
-                   args.adapter if args.drafter in ADAPTED else False, args.device, args.dtype,
-                   args.width, args.chat, args.exit_layer, args.tf32, args.compile,
-                   graphs=not (args.no_graphs or args.trace), system=args.system,
-                   heads=args.adapter if args.drafter in HEADED else False,
-                   draft_model=args.draft_model if args.drafter == "sps" else False,
-                   datastore=args.datastore)
-    return decoder, decoder.settings(args.drafter, **wanted(args))
+    decoder = load(args.model or DEFAULT_MODEL, device=args.device, dtype=args.dtype,
+                   width=args.width, chat=args.chat, system=args.system,
+                   exit_layer=args.exit_layer, tf32=args.tf32, compile=args.compile,
+                   graphs=not (args.no_graphs or args.trace), **parts)
+    return decoder, decoder.settings(args.drafter, **asked_settings(args))
 
 
-def wanted(args):
+def asked_settings(args):
     """The settings of a drafter that the user gave, others as None."""
     return {name: getattr(args, name)
             for name in ("steps", "threshold", "top_candidates", "nodes")}
 
 
-def texts_wanted(args):
+def texts_to_decode(args):
     """[(prompt, number of the sample, sampler)]: every text that is to be decoded."""
     prompts = read_prompts(args.prompt, args.prompts)
     if args.trace and len(prompts) > 1:
@@ -212,22 +228,23 @@ def texts_wanted(args):
                         f"{len(prompts)}")
     if args.trace and args.samples > 1:
         raise UserError(f"--trace {args.trace}: replays one text, leave out --samples")
-    return [(prompt, sample, Sampler(args.temperature, args.top_k, args.top_p,
-                                     seed_of(args.seed, i, sample)))
+    return [(prompt, sample, make_sampler(args, seed_of(args.seed, i, sample)))
             for i, prompt in enumerate(prompts) for sample in range(args.samples)]
 
 
 def decode(decoder, args, prompt, ids, sampler, screen, vanilla_first):
     """What --json prints of one text."""
     compared = vanilla(decoder, ids, args, sampler) if args.compare and vanilla_first else {}
-    options = dict(drafter=args.drafter, max_new_tokens=args.max_new_tokens, sampler=sampler,
-                   show=screen.show, drafting=screen.draft if screen.drafts else None,
-                   **wanted(args))
-    if args.trace:
-        recorder = Recorder(decoder, prompt, ids, options)
-        result = recorder.decode()
-    else:
-        result = decoder.generate(ids, **options)[1]
+    pieces = []
+    stream = decoder.stream(ids, args.drafter, args.max_new_tokens, sampler,
+                            on_draft=screen.draft if screen.drafts else None,
+                            **asked_settings(args))
+    recorder = args.trace and Recorder(decoder, prompt, ids, args.drafter, args.max_new_tokens,
+                                       asked_settings(args))
+    for piece in recorder.watch(stream) if recorder else stream:
+        screen.show(piece.text, piece.drafted)
+        pieces.append(piece)
+    result = statistics_of(ids, pieces, decoder.drafts_trees(args.drafter))
     if args.compare:
         result |= compared or vanilla(decoder, ids, args, sampler)
         result["identical"] = result["ids"] == result["vanilla_ids"]
@@ -238,7 +255,7 @@ def decode(decoder, args, prompt, ids, sampler, screen, vanilla_first):
 
 def run(args):
     """Decode all prompts and print; returns the exit status."""
-    texts = texts_wanted(args)
+    texts = texts_to_decode(args)
     decoder, settings = prepare(args)
     all_ids = [decoder.encode(prompt) for prompt, _, _ in texts]  # errors come before any output
     decoder.make_room(all_ids, args.max_new_tokens)

@@ -2,7 +2,7 @@
 
     python drafters/rest.py --model DIR --data FILE --out store.safetensors
 
-    make: documents -> ids, END behind each -> order of the suffixes -> write     read: -> Datastore
+    documents -> ids, END behind each -> order of the suffixes -> write
 
 Nothing of the algorithm. Left out on purpose: documents that are held out of training, for a
 drafter is measured on these.
@@ -13,46 +13,21 @@ import time
 from array import array
 from pathlib import Path
 
-from drafters.rest import END, Datastore, suffix_order
+from drafters.rest import END, suffix_order
 from support.chat import find_chat_template
-from support.checkpoint import read_config, safetensors_entries, write_safetensors
+from support.checkpoint import read_config, write_safetensors
 from support.data import encode, split
 from support.errors import UserError
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer, vocabulary_digest
 
 import torch
-from safetensors import safe_open
-
-MAKE_ONE = "make one with python drafters/rest.py"
 
 
 def write_datastore(path, tokens, order, tokenizer):
     write_safetensors(path, {"tokens": tokens, "order": order},
                       {"tokenizer": vocabulary_digest(tokenizer),
                        "vocabulary": str(len(tokenizer.vocabulary()))})
-
-
-def read_datastore(path, tokenizer, vocab_size):
-    """A Datastore from its file; UserError if it is none, or one of another tokenizer."""
-    entries = safetensors_entries(path)
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-    if set(entries) != {"tokens", "order"} or not {"tokenizer", "vocabulary"} <= set(facts):
-        raise UserError(f"{path}: is no datastore, {MAKE_ONE}")
-    size, made_with = len(tokenizer.vocabulary()), facts["tokenizer"]
-    if made_with != vocabulary_digest(tokenizer):
-        raise UserError(f"{path}: made with another tokenizer (of {facts['vocabulary']} tokens, "
-                        f"digest {made_with}) than the model's (of {size} tokens, digest "
-                        f"{vocabulary_digest(tokenizer)}), {MAKE_ONE}")
-    tokens, order = (entries[name][1]() for name in ("tokens", "order"))
-    for name, t, least, end in (("tokens", tokens, END, vocab_size),
-                                ("order", order, 0, tokens.numel())):
-        if t.dtype != torch.int32 or t.shape != tokens.shape or t.dim() != 1 or not len(t) or (
-                t.min() < least or t.max() >= end):
-            raise UserError(f"{path}: damaged, {name} must be as many int32 as there are tokens, "
-                            f"from {least} to {end - 1}; {MAKE_ONE}")
-    return Datastore(tokens, order, str(path))
 
 
 def joined(documents):

@@ -12,23 +12,37 @@ recorded must have
   tree also the view's slots and columns), never by Python numbers.
 
 The one-shape step of `llama.py` is all that already. So graphs wrap the same functions,
-`Llama.step`, `Llama.logits`, the adapter and the drafter's `draft_step` and `choose`, and the
-algorithm in `kangaroo.py` does not know of them. The same kernels run: graphs on and off give the
-same bits.
+`Llama.step`, `Llama.logits`, the adapter, the sampler's choice and the drafters' `propose` and
+`draw`, and the algorithm in `kangaroo.py` does not know of them. The same kernels run: graphs on
+and off give the same bits.
 
 Left out on purpose: prefill, whose shapes vary and whose kernels are long; `KVCache.keep`, one copy
 a round at most. Follows PyTorch's notes "CUDA semantics: CUDA Graphs" and "Numerical accuracy".
 """
 import contextlib
-import copy
 import gc
 import os
 import sys
 import weakref
-from functools import lru_cache
 
-import llama
-from llama import CHAIN_WIDTH, KVCache, one_shape, pinned, rows_are_alike
+from drafters.chain import ChainDrafter
+from drafters.tree import TreeDrafter
+from kangaroo import Adapter
+from llama import (
+    CHAIN_WIDTH,
+    MLP,
+    Attention,
+    KVCache,
+    Llama,
+    RMSNorm,
+    Sampler,
+    one_shape,
+    rotate_and_write,
+    silu_and_multiply,
+)
+from support.device import pinned
+from support.packing import FUSED_NORM, FastRMSNorm, swap
+from support.self_check import rows_are_alike
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +53,8 @@ import torch.nn.functional as F
 def exact_kernels(tf32=False):
     """The settings under which a kernel's result depends on its inputs and their shapes alone.
 
-    Call before CUDA is used. `llama.rows_are_alike` checks on the device at hand what these are
-    for: that the rows of one call are treated alike. Not set: torch.use_deterministic_algorithms.
+    Call before CUDA is used. `rows_are_alike` checks on the device at hand what these are for: that
+    the rows of one call are treated alike. Not set: torch.use_deterministic_algorithms.
     Of what a step calls it would change index_copy_ alone, into a sort and several kernels a layer;
     that one is exact here, because no position is written twice. `Sampler.scores` does not need it
     either.
@@ -59,24 +73,41 @@ def exact_kernels(tf32=False):
     # cuDNN's attention chooses among kernels by a heuristic of its own, some of which split the
     # keys. What remains for a step, whose mask flash attention does not take, is the
     # memory-efficient kernel: it goes through the keys block by block, with the rows of a head side
-    # by side (see llama.attend), or, for head sizes that it does not know, plain matrix products.
+    # by side (see support/attention.py), or, for head sizes that it does not know, plain matrix
+    # products.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def fuse_pointwise(backend="inductor"):
-    """Let torch.compile fuse chains of small operations: RoPE and writing to the cache, SiLU times
-    up, and the norm where PyTorch has no kernel for it.
+def fuse_pointwise(*models, backend="inductor"):
+    """Let torch.compile fuse chains of small operations of these modules: RoPE and writing to the
+    cache, SiLU times up, and the norm where PyTorch has no kernel for it.
 
     For both, who drafts and who does not, or for neither. Whole layers are not compiled: that would
     choose kernels by the length of the view, and take minutes.
     """
-    functions = {name: getattr(llama, name) for name in ("rotate_and_write", "silu_and_multiply")}
-    if not llama.FUSED_NORM:
-        functions["rms_norm"] = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-    for name, function in functions.items():
-        # Not one that is compiled already.
-        function = getattr(function, "_torchdynamo_orig_callable", function)
-        setattr(llama, name, torch.compile(function, dynamic=True, backend=backend))
+    def compiled(function):
+        return torch.compile(function, dynamic=True, backend=backend)
+
+    rotate, multiply, norm = map(compiled, (rotate_and_write, silu_and_multiply, F.rms_norm))
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.rotate_and_write = rotate
+            elif isinstance(module, MLP):
+                module.silu_and_multiply = multiply
+        if not FUSED_NORM:
+            swap(model, FastRMSNorm, lambda plain: CompiledRMSNorm(plain, norm))
+
+
+class CompiledRMSNorm(RMSNorm):
+    """RMSNorm by a compiled F.rms_norm."""
+
+    def __init__(self, norm, compiled):
+        super().__init__(len(norm.weight), norm.eps)
+        self.weight, self.compiled = norm.weight, compiled
+
+    def forward(self, x):
+        return self.compiled(x, self.weight.shape, self.weight, self.eps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,11 +160,16 @@ class FixedView:
     """The view of a cache that a recording has, wherever its steps start."""
 
     def __init__(self, view):
-        self.parts = view.rows, view.length, view.layers  # the view itself may be on loan
+        # The view itself may be on loan.
+        self.parts = view.rows, view.length, view.width, view.layers
         self.key = view.length, id(view.rows)
 
     def view(self, end=None):
         return KVCache(*self.parts)
+
+    @property
+    def width(self):
+        return self.parts[2]
 
 
 class Graphs:
@@ -172,7 +208,7 @@ class Graphs:
         if (*key, len(tensors[0])) not in self.recordings:
             for n in range(most, 0, -1):
                 self.run((*key, n), function, *(t.new_zeros(n, *t.shape[1:]) for t in tensors))
-        return self.run((*key, len(tensors[0])), function, *tensors)[0]
+        return self.run((*key, len(tensors[0])), function, *tensors)
 
     def static(self, number, tensor):
         """A copy of this input, in memory that recordings share, since they never run at once."""
@@ -203,7 +239,7 @@ class GraphedLlama:
     def __init__(self, model, widths, record=None):
         self.model, self.widths, self.device = model, widths, model.norm.weight.device
         self.graphs = Graphs(record or CudaRecorder(self.device), self.device)
-        self.said = None  # by the last step: the states after the last layer, and their logits
+        self.last_step = None, None  # its states after the last layer, and their logits
         self.room = 0     # positions that a KV cache has room for: growing means recording anew
         self.memory = {}  # by config: the KV cache that recordings know
         self.lent = {}    # by config: a weak reference to the view of it that the last text got
@@ -211,22 +247,23 @@ class GraphedLlama:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def new_cache(self, length, config=None):
+    def new_cache(self, length, width, config=None):
         """As the model's own, in the memory of the last text's cache if nobody uses that now."""
         config = config or self.model.config
         if config in self.lent and self.lent[config]() is not None:
             # Two texts at once; or one that has ended, and something still knows its drafter.
             print("warning: another text has the KV cache that CUDA graphs know: this one is "
                   "decoded without them", file=sys.stderr)
-            return self.model.new_cache(length, config)
+            return self.model.new_cache(length, width, config)
         memory = self.memory.get(config)
         if memory is None or memory.length < length:
             if memory is not None:
                 self.graphs.forget()
                 del self.memory[config], memory  # before the new one is made
-            memory = self.memory[config] = self.model.new_cache(max(length, self.room), config)
+            memory = self.memory[config] = self.model.new_cache(max(length, self.room), width,
+                                                                config)
         memory.rows.zero_()  # as good as new, even if the last text ended in NaN
-        cache = memory.view(length)
+        cache = KVCache(memory.rows, memory.in_view(length, self.device), width, memory.layers)
         self.lent[config] = weakref.ref(cache)
         return cache
 
@@ -234,35 +271,35 @@ class GraphedLlama:
         """Whether recordings may address it: the cache of a second text at once they may not."""
         return any(cache.rows is memory.rows for memory in self.memory.values())
 
-    def step(self, x, start, cache, width, first, last, parents=None):
+    def step(self, x, start, cache, first, last, parents=None):
         """As the model's own, replayed. Behind the last layer the LM head is recorded too."""
-        model = self.model
+        model, width = self.model, cache.width
         if width not in self.widths or not self.knows(cache):
-            return model.step(x, start, cache, width, first, last, parents)
+            return model.step(x, start, cache, first, last, parents)
 
-        def say(h):
+        def with_logits(h):
             return (h, model.logits(h)) if last == len(model.layers) else (h,)
 
         view, name = FixedView(cache.view(start + width)), ("layers", first, last)
         if not torch.is_tensor(x) and len(x) == 1 and not parents:  # embedded in the recording
             def token_step(numbers):
-                return say(model.step(numbers[:1], numbers[1], view, width, first, last))
+                return with_logits(model.step(numbers[:1], numbers[1], view, first, last))
 
             outputs = self.graphs.run((*name, "token", width, *view.key), token_step,
                                       pinned([*x, start], self.device))
         elif width <= CHAIN_WIDTH:
             def chain_step(x, start):
-                return say(model.step(x, start, view, width, first, last))
+                return with_logits(model.step(x, start, view, first, last))
 
             x = x if torch.is_tensor(x) else model.embed(x)
             x, start = F.pad(x, (0, 0, 0, width - x.shape[1])), pinned(start, self.device)
             outputs = self.graphs.run((*name, "chain", width, *view.key), chain_step, x, start)
         else:
             x = x if torch.is_tensor(x) else model.embed(x)
-            outputs = self.replay(name, lambda *step: say(model.run_layers(*step, first, last)),
-                                  *one_shape(x, start, cache, width, parents))
+            outputs = self.replay(name, lambda *step: with_logits(
+                model.run_layers(*step, first, last)), *one_shape(x, start, cache, parents))
         if len(outputs) == 2:
-            self.said = outputs
+            self.last_step = outputs
         return outputs[0]
 
     def replay(self, name, function, x, positions, cache):
@@ -281,7 +318,8 @@ class GraphedLlama:
 
     def logits(self, x):
         """What the last step's recording has computed, if they are asked for its states."""
-        return self.said[1] if self.said and x is self.said[0] else self.model.logits(x)
+        states, logits = self.last_step
+        return logits if x is states else self.model.logits(x)
 
     def views(self, first, last, width):
         """The lengths of the views of steps that start at positions `first` … `last`."""
@@ -325,6 +363,29 @@ class GraphedAdapter:
                             positions, cache)[0]
 
 
+def graph_part(part, model, width, record=None):
+    """What a drafter needs, in the form whose decode steps are replayed; other things as they are.
+    """
+    if isinstance(part, Llama):
+        return GraphedLlama(part, (width,), record)
+    return GraphedAdapter(part, model) if isinstance(part, Adapter) else part
+
+
+# --------------------------------------------------------------------------------------------------
+# Choices
+
+class GivenNoise(Sampler):
+    """A sampler whose noise (T, vocab_size) is given, of the positions 0, 1, …, or None if it never
+    draws any: what a recording holds."""
+
+    def __init__(self, sampler, rows=None):
+        super().__init__(sampler.temperature, sampler.top_k, sampler.top_p)
+        self.rows = rows
+
+    def noise(self, position, vocab_size, device):
+        return self.rows[position]
+
+
 def settings_of(sampler):
     """What recordings of a sampler depend on, but for its noise, which is an input of theirs."""
     return sampler.temperature, sampler.top_k, sampler.top_p
@@ -338,110 +399,78 @@ def noise_of(sampler, positions, model):
                          for position in positions])]
 
 
-def with_noise(sampler, noise=None):
-    """A copy that has this noise (T, vocab_size) at the positions 0, 1, …
-
-    None: of a sampler that is greedy, or never draws.
-    """
-    sampler = copy.copy(sampler)
-    sampler.noise = lambda position, *_: noise[position]
-    return sampler
-
-
-class GraphedSampler:
+class GraphedSampler(Sampler):
     """A sampler whose choice is replayed for up to `width` rows, as those of a verification."""
 
     def __init__(self, sampler, model, width):
-        self.sampler, self.model, self.width = sampler, model, width
+        super().__init__(*settings_of(sampler), sampler.seed)
+        self.model, self.width = model, width
 
     def choose(self, logits, position, depth=None):
-        if not self.sampler.temperature:  # a single kernel
-            return self.sampler.choose(logits, position, depth)
-        bare = with_noise(self.sampler)  # without the noise that it keeps
+        if not self.temperature:  # a single kernel
+            return super().choose(logits, position, depth)
+        bare = GivenNoise(self)  # what the recording keeps: not the model's caches
 
         def recorded(logits, noise):
-            return (with_noise(bare, noise).choose(logits, 0),)
+            return (GivenNoise(bare, noise).choose(logits, 0),)
 
         positions = (position + i for i in depth or range(len(logits)))
-        return self.model.graphs.run_rows(("sample", *settings_of(bare)), recorded, self.width,
-                                          logits, *noise_of(self.sampler, positions, self.model))
+        return self.model.graphs.run_rows(("sample", *settings_of(self)), recorded, self.width,
+                                          logits, *noise_of(self, positions, self.model))[0]
 
 
-class GraphedDrafter:
-    """What `graph_drafter` adds to a KangarooDrafter; `bare` is that, without model and text."""
+class GraphedChain(ChainDrafter):
+    """A ChainDrafter each of whose draft steps is one replay, from a token to the one that is
+    drafted to follow it. Its model is a GraphedLlama, its adapter a GraphedAdapter."""
 
-    def choose(self, x, position, depth=None):
-        """Replayed: from the adapter's states to the drafted tokens and their probabilities.
-
-        The rows of a tree are its open nodes, at most one less than it may have nodes.
-        """
-        if self.fused:  # what the draft step's recording does not do is rare
-            return super().choose(x, position, depth)
-        bare, most = self.bare, max(1, getattr(self.bare, "nodes", 1) - 1)
-
-        def recorded(x, *noise):
-            return (drawing(bare, *noise).choose(x, 0),)
-
-        key = "choose", *self.key(), getattr(bare, "candidates", 1)
-        noise = noise_of(self.sampler, (position + i for i in depth or range(len(x))), self.model)
-        return self.model.graphs.run_rows(key, recorded, most, x, *noise)
-
-    def key(self):
-        """What is not a tensor, and recordings of this drafter depend on."""
-        return id(self.bare.adapter), *settings_of(self.bare.sampler)
-
-    def draft_step(self, token, position, cache):
-        """One replay, from a token to the one that is drafted to follow it."""
-        bare, model, depth, width = self.bare, self.model.model, self.depth, self.width
+    def propose(self, token, position, cache):
+        graphed, depth, adapter_cache = self.model, self.depth, self.adapter_cache
         late = position - self.seen  # rows that the adapter has not seen before this one
-        known = self.model.knows(cache) and self.model.knows(self.adapter_cache)
-        if not self.fused or late > 1 or not known or width not in self.model.widths:
-            return super().draft_step(token, position, cache)
-        shallow = FixedView(cache.view(position + width))
-        own = FixedView(self.adapter_cache.view(self.seen + width))
+        known = graphed.knows(cache) and graphed.knows(adapter_cache)
+        if late > 1 or not known or cache.width not in graphed.widths:
+            return super().propose(token, position, cache)
+        # What the recording keeps: nothing of this text.
+        model, adapter, head, sampler = graphed.model, self.adapter.adapter, self.head, self.sampler
+        bare = GivenNoise(sampler)
+        shallow = FixedView(cache.view(position + cache.width))
+        own = FixedView(adapter_cache.view(self.seen + adapter_cache.width))
 
         def recorded(numbers, before, *noise):
             token, position, late = numbers.split(1)
-            h = model.step(token, position, shallow, width, 0, depth)[:, :1]
+            h = model.step(token, position, shallow, 0, depth)[:, :1]
             # The adapter's rows are this one or, if it is a row late, the one before and this one.
             rows = torch.cat((before, h, torch.zeros_like(h)), 1)
             rows = rows.index_select(1, torch.arange(1, 3, device=h.device) - late)
-            x = bare.adapter(*one_shape(rows, position - late, own, width))
-            return h, drawing(bare, *noise).choose(x[0].index_select(0, late), 0)
+            x = adapter(*one_shape(rows, position - late, own))
+            logits = head(x[0].index_select(0, late))
+            return h, *GivenNoise(bare, *noise).candidates(logits, 0)
 
-        key = "draft", *self.key(), depth, width, *shallow.key, *own.key
+        key = ("draft", id(adapter), id(head), *settings_of(sampler), depth, cache.width,
+               *shallow.key, *own.key)
         before = max(0, position - 1)
-        h, drafted = self.model.graphs.run(
-            key, recorded, pinned([token, position, late], self.model.device),
-            self.states[:, before:before + 1],
-            *noise_of(self.sampler, [position + 1], self.model))
+        h, *drafted = graphed.graphs.run(
+            key, recorded, pinned([token, position, late], graphed.device),
+            self.states[:, before:before + 1], *noise_of(sampler, [position + 1], graphed))
         self.states[:, position], self.seen = h[:, 0], position + 1
+        [[drafted]] = sampler.fetch(*drafted)
         return drafted
 
 
-def drawing(drafter, noise=None):
-    """A copy of the drafter whose sampler is `with_noise`."""
-    drafter = copy.copy(drafter)
-    drafter.sampler = with_noise(drafter.sampler, noise)
-    return drafter
+class GraphedTree(TreeDrafter):
+    """A TreeDrafter whose LM head and choice of candidates are one replay."""
+
+    def draw(self, x, position, depth):
+        """The rows x (T, hidden_size) are open nodes, at most one less than there may be nodes."""
+        model, head, sampler, k = self.model, self.head, self.sampler, self.candidates
+        bare, most = GivenNoise(sampler), max(1, self.most - 1)
+
+        def recorded(x, *noise):
+            return GivenNoise(bare, *noise).candidates(head(x), 0, k=k)
+
+        key = "draw", id(head), *settings_of(sampler), k
+        noise = noise_of(sampler, (position + i for i in depth), model)
+        return sampler.fetch(*model.graphs.run_rows(key, recorded, most, x, *noise))
 
 
-@lru_cache(maxsize=None)  # noqa: UP033 — one class each
-def graphed_class(cls):
-    return type(cls.__name__, (GraphedDrafter, cls), {})
-
-
-def graph_drafter(drafter):
-    """Replay the draft steps of a new KangarooDrafter; returns it.
-
-    A chain's whole; of a tree the LM head with the choice, besides what the model and its adapter
-    replay.
-    """
-    bare = drawing(drafter)  # what recordings keep alive: no cache, and nothing that keeps them
-    bare.model, bare.adapter = drafter.model.model, getattr(drafter.adapter, "adapter",
-                                                            drafter.adapter)
-    drafter.bare, drafter.__class__ = bare, graphed_class(type(drafter))
-    drafter.fused = not hasattr(bare, "candidates")
-    if drafter.fused:
-        drafter.adapter = bare.adapter
-    return drafter
+# The drafters that have a form for graphs. Others run with what their model and adapter replay.
+GRAPHED = {ChainDrafter: GraphedChain, TreeDrafter: GraphedTree}

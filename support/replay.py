@@ -1,6 +1,6 @@
 """Records one decode and writes it as a page that replays it (`--trace page.html`).
 
-    Decoder.generate -> Recorder: rounds, texts, every run of a layer -> a trace -> into replay.html
+    Decoder.stream -> Recorder: rounds, texts, every run of a layer -> a trace -> into replay.html
 
 A page holds a trace a method, all of the same text, and shows any two side by side: who writes a
 second method's trace to the same file adds it. A draft is recorded as a tree; a chain is one. Left
@@ -13,9 +13,9 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from llama import room_for_draft
+from kangaroo import KangarooDrafter
 from support.checkpoint import write_atomically
-from support.decoder import ADAPTED, DRAFTERS
+from support.decoder import DRAFTERS, drafter_named
 
 TEMPLATE = Path(__file__).with_name("replay.html")
 HERE = "<!-- here replay.py puts the traces, as tables and as JSON -->"
@@ -25,41 +25,38 @@ DRAFTED, COMMITTED = ("id", "label", "parent", "step", "confidence"), ("id", "la
 
 
 class Recorder:
-    """Decodes one prompt with a `Decoder` and keeps what it shows, commits and runs.
+    """Watches a `Decoder` decode one prompt, and keeps what it commits and runs.
 
-    options: the keyword arguments of `Decoder.generate`.
+    settings: what `Decoder.settings` is asked for.
     """
 
-    def __init__(self, decoder, prompt, ids, options):
-        self.decoder, self.prompt, self.ids, self.options = decoder, prompt, list(ids), options
-        self.prompt_length, self.drafter = len(ids), options["drafter"]
-        self.settings = decoder.settings(self.drafter, **{
-            name: options.get(name) for name in ("steps", "threshold", "top_candidates", "nodes")})
+    def __init__(self, decoder, prompt, ids, drafter, max_new_tokens, settings):
+        self.decoder, self.prompt, self.ids, self.drafter = decoder, prompt, list(ids), drafter
+        self.prompt_length, self.settings = len(ids), decoder.settings(drafter, **settings)
+        self.threshold = getattr(self.settings, "threshold", 0.0)
+        self.kangaroo = issubclass(drafter_named(drafter), KangarooDrafter)
         context = decoder.model.config.max_position_embeddings
-        self.end = min(len(ids) + options["max_new_tokens"], context)
-        self.rounds, self.texts = [], []
+        self.end = min(len(ids) + max_new_tokens, context)
+        self.rounds, self.pieces = [], []
         # Of this round, a list up to each use of the LM head: of [first layer, last + 1, slot] and
         # ["adapter", slot]. A slot is the cache row of a pass's first node: position of the last
         # committed token + node. And how many rows the LM head read.
         self.passes, self.read = [[]], []
 
-    def decode(self):
-        """What `Decoder.generate` does; returns its statistics."""
-        show = self.options["show"]
-
-        def keep(text, drafted):  # one text a token, then what is left of a broken character
-            self.texts.append(text)
-            show(text, drafted)
-
+    def watch(self, stream):
+        """The pieces of a `Decoder.stream`, which are kept."""
         model, adapter = self.decoder.model, self.decoder.adapter
         watched = [(layer, partial(self.saw_layer, i)) for i, layer in enumerate(model.layers)]
-        if self.drafter in ADAPTED:  # the others run no layer of the target before they verify
+        if self.kangaroo:  # the others run no layer of the target before they verify
             watched += [(model.lm_head, self.saw_head), (adapter, self.saw_adapter)]
             watched += [(adapter.head, self.saw_head)] * (adapter.head is not None)
         hooks = [module.register_forward_pre_hook(hook) for module, hook in watched]
         try:
-            options = self.options | {"show": keep, "watch": self.saw_round}
-            return self.decoder.generate(self.ids[:], **options)[1]
+            for piece in stream:
+                if not self.pieces or piece.round is not self.pieces[-1].round:
+                    self.saw_round(piece.round)
+                self.pieces.append(piece)
+                yield piece
         finally:
             for hook in hooks:
                 hook.remove()
@@ -115,9 +112,9 @@ class Recorder:
         Kangaroo's drafters go on while they find a node that is sure and less deep than the limits
         of `generate`: so a sure node at a limit, or unsure ones alone, or no more room.
         """
-        room = room_for_draft(len(self.ids) - 1, self.decoder.width, self.decoder.device)
+        room = self.decoder.model.new_cache(0, self.decoder.width).room(len(self.ids) - 1)
         limits = {"full": self.settings.steps, "edge": room, "end": self.end - len(self.ids) - 1}
-        unsure = [p <= self.settings.threshold for p in draft.confidence]
+        unsure = [p <= self.threshold for p in draft.confidence]
         unsure = unsure or [False] * len(draft.tokens)
         deepest = max(depth for depth, stop in zip(draft.levels(), [False, *unsure]) if not stop)
         limit = next((name for name, limit in limits.items() if limit == deepest), None)
@@ -134,10 +131,10 @@ class Recorder:
         return text.replace("\ufffd", "") or f"‹{token}›"
 
     def trace(self, result):
-        """What a page keeps; `result`: what `decode` returned, and what --compare adds."""
-        decoder, texts = self.decoder, iter(self.texts)
+        """What a page keeps; `result`: what --json prints."""
+        decoder, texts = self.decoder, iter([piece.text for piece in self.pieces])
         for token in (token for round_ in self.rounds for token in round_["committed"]):
-            token["text"] = "" if token["end"] else next(texts)
+            token["text"] = next(texts)
         layers = len(decoder.model.layers)
         runs = [run for r in self.rounds for group in r["passes"] for run in group]
         tokens, rounds = len(result["ids"]), result["rounds"]
@@ -146,13 +143,13 @@ class Recorder:
             "accepted": sum(result["accepted"]), "compression_rate": tokens / rounds,
             "layer_passes": sum(map(layer_passes, runs)),
             "vanilla_layer_passes": layers * tokens}
-        exit_layer = decoder.exit_layer if self.drafter in ADAPTED else 0
+        exit_layer = decoder.adapter.exit_layer if self.kangaroo else 0
         return {
             "settings": decoder.describe(self.drafter, self.settings),
             "drafter": self.drafter,
             "prompt": self.prompt, "chat": decoder.chat, "prompt_tokens": self.prompt_length,
             "layers": layers, "exit_layer": exit_layer, "steps": self.settings.steps,
-            "threshold": self.settings.threshold, "identical": result.get("identical"),
+            "threshold": self.threshold, "identical": result.get("identical"),
             "rounds": self.rounds, "rest": "".join(texts), "text": result["text"],
             "summary": summary}
 
@@ -182,7 +179,8 @@ def add_trace(path, trace):
                   if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
     except (OSError, ValueError, LookupError, TypeError):
         others = []
-    traces = sorted([trace, *others], key=lambda trace: list(DRAFTERS).index(trace["drafter"]))
+    order = [cls.name for cls in DRAFTERS]
+    traces = sorted([trace, *others], key=lambda trace: order.index(trace["drafter"]))
     write_atomically(path, page(traces).encode())
 
 

@@ -1,0 +1,160 @@
+"""Kangaroo's adapters: those besides the paper's, a head of fewer tokens, and their folders.
+
+    folder with config.json and weights -> load_adapter -> an adapter for this target
+
+Nothing of the algorithm; an adapter's forward pass is in kangaroo.py.
+"""
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from kangaroo import Adapter
+from llama import MLP, Linear, RMSNorm, Rows, build
+from support.checkpoint import (
+    is_constant,
+    load_weights,
+    pickle_entries,
+    read_config,
+    read_json,
+    refuse_misfit,
+    safetensors_entries,
+    vocabulary_ids,
+)
+from support.errors import require
+from support.packing import use_fast_norms
+
+import torch
+import torch.nn as nn
+
+
+class LayerAdapter(Adapter):
+    """An adapter with an MLP behind its attention: one full layer of a Llama, then the norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, positions, cache=None):
+        rows = Rows.at(self.config, positions, x, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rows, cache)
+        return self.norm(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+# By the name in an adapter's config.json. The first is the paper's.
+ADAPTERS = {"attention": Adapter, "layer": LayerAdapter}
+
+
+class PartialHead(nn.Module):
+    """The rows of an LM head for the N token ids `vocabulary`: a cheaper draft step.
+
+    Gives (…, hidden_size) -> logits (…, vocab_size), −inf for all other tokens.
+    """
+
+    def __init__(self, lm_head, vocabulary):
+        super().__init__()
+        weight = lm_head.weight
+        self.vocabulary, self.vocab_size = vocabulary, len(weight)
+        self.rows = Linear(weight.shape[1], rows=len(vocabulary))
+        self.rows.weight = nn.Parameter(weight[vocabulary], requires_grad=False)
+
+    def forward(self, x):
+        logits = self.rows(x)
+        every = logits.new_full((*x.shape[:-1], self.vocab_size), -math.inf)
+        return every.index_copy_(-1, self.vocabulary, logits)
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+# What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
+SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int}
+
+
+def load_adapter(folder, model, exit_layer=None):
+    """An adapter for this target, not packed yet.
+
+    Beside its weights it has `exit_layer`; `head`, a PartialHead, or None for the target's LM head;
+    `facts`, its config.json as a dict; and `source`, where it comes from.
+
+    Reads config.json with adapter.safetensors, or with pytorch_model.bin as the published Kangaroo
+    adapters have it. `exit_layer` overrides the config's. The name "random" gives an untrained
+    adapter, to test with. UserError if it does not fit the model.
+    """
+    if str(folder) == "random":
+        layers = model.config.num_hidden_layers
+        facts = {"exit_layer": min(2, layers - 1)}
+        return describe(random_adapter(model), "random", facts,
+                        exit_layer_of("random", facts, exit_layer, layers))
+    folder = Path(folder)
+    require(folder.is_dir(), f"{folder}: no such folder, --adapter wants one with config.json and "
+            "adapter.safetensors or pytorch_model.bin")
+    where = folder / "config.json"
+    data = read_json(where)
+    require("medusa_num_heads" not in data, f"{where}: holds Medusa heads, for --drafter medusa")
+    config = read_config(folder)
+    refuse_misfit(folder, config, data, model)
+    exit_layer = exit_layer_of(where, data, exit_layer, model.config.num_hidden_layers)
+    refuse_bad_settings(where, data)
+    architecture = data.get("architecture", "attention")
+    require(architecture in list(ADAPTERS),  # a list, for JSON may hold what has no hash
+            f"{where}: architecture = {architecture!r}, choose from {', '.join(ADAPTERS)}")
+    weight = model.norm.weight
+    adapter = build(ADAPTERS[architecture], config, weight.device, weight.dtype)
+    entries = adapter_entries(folder)
+    vocabulary = entries.pop("vocabulary", None)
+    load_weights(adapter, entries, folder)
+    head = vocabulary and PartialHead(
+        model.lm_head, vocabulary_ids(folder, vocabulary[1](), model))
+    return describe(use_fast_norms(adapter), str(folder), data, exit_layer, head)
+
+
+def describe(adapter, source, facts, exit_layer, head=None):
+    """The adapter, with what is to be known of it."""
+    adapter.source, adapter.facts, adapter.exit_layer, adapter.head = (
+        source, facts, exit_layer, head)
+    return adapter.eval()
+
+
+def random_adapter(model):
+    """An untrained adapter: norms are ones, matrices keep the size of what passes through."""
+    config, weight = replace(model.config, num_hidden_layers=1), model.norm.weight
+    adapter = build(ADAPTERS["attention"], config, weight.device, weight.dtype)
+    generator = torch.Generator().manual_seed(0)
+    for p in adapter.parameters():
+        noise = torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
+        p.copy_(noise if p.dim() > 1 else torch.ones_like(p))
+    return use_fast_norms(adapter)
+
+
+def exit_layer_of(where, data, wanted, n_layers):
+    """The layers that draft: `wanted`, else what the adapter's config.json says."""
+    exit_layer = data.get("exit_layer") if wanted is None else wanted
+    require(exit_layer is not None, f"{where}: names no exit_layer, give --exit-layer (the paper: "
+            "2 for 7B, 3 for 13B)")
+    require(isinstance(exit_layer, int) and 0 <= exit_layer < n_layers,
+            f"exit layer {exit_layer!r}: must be at least 0 and below the model's {n_layers} "
+            "layers")
+    return exit_layer
+
+
+def refuse_bad_settings(where, data):
+    """UserError unless γ, η and so on are numbers, for the chain and for the tree."""
+    tree = data.get("tree", {})
+    require(isinstance(tree, dict),
+            f"{where}: tree = {tree!r} is no object with the settings of --tree")
+    for settings in (data, tree):
+        for name, kind in SETTINGS.items():
+            require(isinstance(settings.get(name, 0), kind), f"{where}: {name} = "
+                    f"{settings.get(name)!r} is not a number that --{name.replace('_', '-')} would "
+                    "take")
+
+
+def adapter_entries(folder):
+    """{name: (shape, function that reads the tensor)} of an adapter's folder, named as in it."""
+    if (folder / "adapter.safetensors").exists() or not (folder / "pytorch_model.bin").exists():
+        entries = safetensors_entries(folder / "adapter.safetensors")
+    else:
+        entries = pickle_entries(folder / "pytorch_model.bin", {})
+    return {name.removeprefix("layers.0."): entry for name, entry in entries.items()
+            if not is_constant(name)}
