@@ -44,11 +44,11 @@ from bench.common import (
     walk,
 )
 from kangaroo import WIDTH, Adapter, LayerAdapter
-from llama import pack
 from support.chat import find_chat_template
 from support.checkpoint import load_llama, read_config, write_atomically
 from support.data import batches_of, encode, most_frequent, split
 from support.decoder import Settings, load, pick_device_and_dtype
+from support.packing import pack
 from support.program import refuse_below_one, run_program
 from support.tokenizer import Tokenizer
 from train_adapter import Target, for_decoding, learning_rate, new_adapter
@@ -58,6 +58,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PAPER = 6, 0.6  # γ and η at which the variants are compared, besides the best pair of each
+PAPER_SETTINGS = Settings(steps=PAPER[0], threshold=PAPER[1])
 BINS = 20       # of the draft's top-1 probability
 
 
@@ -218,7 +219,8 @@ def trained(todo, args):
 def with_adapter(decoder, adapter, exit_layer):
     """The decoder with another adapter."""
     decoder = copy.copy(decoder)
-    decoder.adapter, decoder.exit_layer = pack(adapter, WIDTH), exit_layer
+    decoder.adapter = pack(adapter, WIDTH)
+    adapter.exit_layer = exit_layer
     return decoder
 
 
@@ -241,7 +243,7 @@ def measure(decoder, questions, prompts, outputs, args):
                 right = "accepted" if tokens[0] == token else "rejected"
                 bins[right][min(BINS - 1, int(sure[0] * BINS))] += 1
         if i % max(1, len(prompts) // 4) == 0:  # a few real ones, for the times, and to see that
-            real = decode(decoder, ids, "kangaroo", args.new_tokens, settings=Settings(*PAPER))
+            real = decode(decoder, ids, "kangaroo", args.new_tokens, settings=PAPER_SETTINGS)
             vanilla = decode(decoder, ids, "none", args.new_tokens)  # the counts are right
             times.append((vanilla.rest, real.step, real.rest))
             counts = [(len(r.draft.tokens), r.accepted) for r in real.rounds]
@@ -252,7 +254,7 @@ def measure(decoder, questions, prompts, outputs, args):
     drafted, accepted = ([sum(n > w for n in column) for w in range(max(STEPS))]
                          for column in zip(*by_position))
     seconds = dict(zip(("step", "draft", "verify"), map(statistics.median, zip(*times))))
-    return {"exit_layer": decoder.exit_layer, "grid": grid,
+    return {"exit_layer": decoder.adapter.exit_layer, "grid": grid,
             "by_position": {"drafted": drafted, "accepted": accepted}, "confidence": confidence,
             "seconds": seconds}
 
@@ -346,7 +348,8 @@ def main(argv=None):
             if variant.name not in results["variants"]
             and (args.only is None or variant.name in args.only)]
     adapters = trained(todo, args) if todo else []
-    decoder = load(args.model, args.adapter or False, args.device, args.dtype, graphs=False)
+    decoder = load(args.model, device=args.device, dtype=args.dtype, graphs=False,
+                   adapter=args.adapter or False)
     decoders = [(variant, with_adapter(decoder, adapter, variant.exit_layer))
                 for variant, adapter in adapters]
     if args.adapter and "in full" not in results["variants"]:

@@ -132,19 +132,19 @@ def beside(name, args, model, adapter, prompts):
         write_for_both(Path(folder), model, adapter)
         expected = theirs(args, Path(folder), model, prompts)
         model = load_llama(Path(folder) / "model")
-        adapter, facts = load_adapter(Path(folder) / "adapter", model, args.exit_layer)
-    drafters = [KangarooDrafter(model, adapter, facts["exit_layer"]) for _ in prompts]
+        adapter = load_adapter(Path(folder) / "adapter", model, args.exit_layer)
+    drafters = [KangarooDrafter(model, adapter, adapter.exit_layer) for _ in prompts]
     return compare(name, drafters, prompts, expected, skip=1, steps=STEPS,
                    eos=model.config.eos_token_ids)
 
 
 def run(args):
     model = load_llama(args.model)
-    adapter, facts = load_adapter(args.adapter, model)
+    adapter = load_adapter(args.adapter, model)
     if type(adapter) is not Adapter:
         raise UserError(f"--adapter {args.adapter}: has another architecture than theirs, "
                         "attention")
-    args.exit_layer = facts["exit_layer"]
+    args.exit_layer = adapter.exit_layer
     tokenizer = Tokenizer(args.model, model.config)
     lines = args.prompts.read_text(encoding="utf-8").splitlines()[:args.limit]
     same = beside(args.model.name, args, model, adapter, [tokenizer.encode(x) for x in lines])

@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import compare, run_theirs, write_model_bin
 from drafters import rest
 from drafters.lookahead import LookaheadDrafter, hang
-from drafters.medusa import TREE, MedusaDrafter
+from drafters.medusa import TREE, MedusaDrafter, load_heads
 from kangaroo import Draft, NoDrafter
 from llama import KVCache
-from support.checkpoint import load_heads, load_llama, named_weights, write_json
-from support.datastore import read_datastore
+from support.checkpoint import load_llama, named_weights, write_json
 from support.errors import UserError
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer
@@ -142,9 +141,9 @@ class FirstPlaces(rest.Datastore):
 class Replay(NoDrafter):
     """Drafts trees that are given, each a list of paths of tokens."""
 
-    def __init__(self, model, trees, width):
+    def __init__(self, model, trees):
         super().__init__(model)
-        self.trees, self.width = iter(trees), width
+        self.trees = iter(trees)
 
     def draft(self, ids, n_max, cache):
         edges = {}
@@ -160,7 +159,7 @@ class FromNode(Draft):
 
     def child(self, node, token):
         edges = enumerate(zip(self.parents, self.tokens), 1)
-        return next((i for i, edge in edges if i >= self.first and edge == (node, token)), 0)
+        return next((i for i, edge in edges if i >= self.first and edge == (node, token)), None)
 
 
 def draft_of(model, ids, edges, first=0):
@@ -222,7 +221,7 @@ class TheirLookahead(LookaheadDrafter):
 
 def medusa(args, model, job, folder, flag, checkout):
     heads = load_heads(args.heads, model)
-    if heads.vocabulary is not None:
+    if heads.head is not None:
         raise UserError(f"--heads {args.heads}: draft from some tokens, theirs need all of them")
     n, blocks = len(heads.heads), len(heads.heads[0]) - heads.own
     weights = {name.removeprefix("heads."): weight for name, weight in named_weights(heads).items()}
@@ -237,25 +236,27 @@ def medusa(args, model, job, folder, flag, checkout):
     job |= {"heads": str(folder / "heads"), "heads_in_file": n, "runs": [
         [[0] * k for k in range(1, n + 1)], [list(path) for path in TREE]]}
     for paths, theirs in run_theirs(flag, checkout, args.python, MEDUSA, job, folder):
-        drafters = [MedusaDrafter(model, heads, width=1 + len(paths), tree=paths) for _ in theirs]
-        yield compare(f"medusa, {len(paths)} nodes", drafters, job["prompts"], theirs, skip=1)
+        drafters = [MedusaDrafter(model, heads, paths) for _ in theirs]
+        yield compare(f"medusa, {len(paths)} nodes", drafters, job["prompts"], theirs,
+                      width=1 + len(paths), skip=1)
 
 
 def retrieval(args, model, job, folder, flag, checkout):
     """With the documents joined, as theirs does; ours else stops at the end of each."""
-    store = read_datastore(args.datastore, Tokenizer(args.model, model.config),
+    store = rest.read_datastore(args.datastore, Tokenizer(args.model, model.config),
                            model.config.vocab_size)
     tokens = torch.tensor([token for token in store.tokens if token != rest.END]).int()
     store = FirstPlaces(tokens, rest.suffix_order(tokens))
     job |= {"tokens": tokens.tolist(), "runs": [(*limits, NODES) for limits in RESTS]}
     found = run_theirs(flag, checkout, args.python, REST, job, folder)
     for (rest.MATCHES, following), theirs in zip(RESTS, found):
-        name, more = f"rest, {rest.MATCHES} places", {"skip": 1, "steps": following}
-        drafters = [rest.RestDrafter(model, store, 1 + NODES) for _ in theirs]
+        name = f"rest, {rest.MATCHES} places"
+        more = {"width": 1 + NODES, "skip": 1, "steps": following}
+        drafters = [rest.RestDrafter(model, store) for _ in theirs]
         equal = compare(name, drafters, job["prompts"], theirs, **more)
         trees = [text["trees"][-len(text["lengths"]):] for text in theirs]
         nodes = sum(len(tree) for text in trees for tree in text) / sum(map(len, trees))
-        drafters = [Replay(model, tree, 1 + NODES) for tree in trees]
+        drafters = [Replay(model, tree) for tree in trees]
         yield compare(f"{name}, on their trees of {nodes:.1f} nodes", drafters, job["prompts"],
                       theirs, **more)
         if (rest.MATCHES, following) != CUT:
@@ -275,8 +276,8 @@ def lookahead(args, model, job, folder, flag, checkout, choices):
             runs += [("    ours as it is", LookaheadDrafter, {})]
         for j, (name, kind, options) in enumerate(runs):
             width = (window + candidates) * (ngram - 1)
-            drafters = [kind(model, width, *sizes, **options) for _ in job["prompts"]]
-            equal = compare(name, drafters, job["prompts"], found[i])
+            drafters = [kind(model, *sizes, **options) for _ in job["prompts"]]
+            equal = compare(name, drafters, job["prompts"], found[i], width=width)
             if not j:
                 yield equal
 

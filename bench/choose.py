@@ -19,7 +19,7 @@ say, because vanilla decoding has the same: the command that is printed last nam
 rows are computed anyway). Its growth depends on all three, so every prompt is decoded with every
 setting; run it for each width. A draft step is then a level of the tree.
 
---methods decodes the prompts with some settings and widths of each method (GRIDS), interleaved, and
+--methods decodes the prompts with the settings and widths of each method's `grid`, interleaved, and
 writes the fastest to --out, for `bench/spec_bench.py --settings`.
 """
 import statistics
@@ -49,26 +49,10 @@ from drafters.tree import TREE_WIDTH
 from kangaroo import WIDTH
 from llama import CHAIN_WIDTH, Sampler
 from support.checkpoint import read_json, write_json
-from support.decoder import Settings, load
+from support.decoder import Settings, drafter_named, load
 from support.errors import UserError
 from support.program import refuse_below_one, run_program
 
-GRIDS = {  # of --methods: widths and settings to decode with
-    "kangaroo": [{"width": 2, "steps": 1, "threshold": 0.2}] + [  # no η ends a draft of one token
-        {"width": width, "steps": width - 1, "threshold": threshold}
-        for width in (4, 8) for threshold in (0.2, 0.4, 0.6)],
-    "tree": [{"width": 16, "steps": steps, "threshold": threshold, "top_candidates": candidates,
-              "nodes": 15} for steps in (4, 8) for threshold in (0.05, 0.2)
-             for candidates in (4, 10)],
-    "medusa": [{"width": width, "steps": width - 1} for width in (2, 3, 4)],
-    "medusa-tree": [{"width": width, "nodes": width - 1} for width in (9, 12, 16)],
-    "lookahead": [{"width": 16, "window": w, "ngram": n, "candidates": g}
-                  for w, n, g in ((6, 3, 2), (4, 3, 4), (3, 4, 2), (1, 4, 4))],
-    "lookup": [{"width": width, "steps": width - 1} for width in (2, 4, 8)],
-    "sps": [{"width": width, "steps": width - 1, "threshold": threshold}
-            for width in (4, 8) for threshold in (0.0, 0.3, 0.5)],
-    "rest": [{"width": width, "steps": steps, "nodes": width - 1}
-             for width, steps in ((4, 3), (8, 7), (12, 10), (16, 10))]}
 TREE_STEPS, TREE_THRESHOLDS = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 CANDIDATES = 2, 4, 10
 
@@ -105,14 +89,16 @@ def parse_arguments(argv):
 
 def settings_to_try(args):
     if args.tree:
-        return [Settings(steps, threshold, candidates, args.width - 1) for candidates in CANDIDATES
-                for steps in TREE_STEPS for threshold in TREE_THRESHOLDS]
-    return [Settings(steps, threshold) for steps in STEPS if steps < args.width
+        return [Settings(steps=steps, threshold=threshold, top_candidates=candidates,
+                         nodes=args.width - 1)
+                for candidates in CANDIDATES for steps in TREE_STEPS
+                for threshold in TREE_THRESHOLDS]
+    return [Settings(steps=steps, threshold=threshold) for steps in STEPS if steps < args.width
             for threshold in THRESHOLDS]
 
 
 def key(settings):
-    return settings.top_candidates, settings.steps, settings.threshold
+    return getattr(settings, "top_candidates", 0), settings.steps, settings.threshold
 
 
 def measure(decoder, prompts, args):
@@ -122,7 +108,7 @@ def measure(decoder, prompts, args):
     """
     sampler, grid, tables, times = Sampler(args.temperature, seed=2), settings_to_try(args), [], []
     drafter = "tree" if args.tree else "kangaroo"
-    for settings in {s.top_candidates: s for s in grid}.values():
+    for settings in {key(s)[0]: s for s in grid}.values():
         decoder.warm_up(prompts, args.new_tokens, [("none", None), (drafter, None)], sampler,
                         settings)
 
@@ -160,6 +146,11 @@ def show(counts, speedup, tree):
             print(line(f"{s:>8}", cells, 14))
 
 
+def grid_of(name):
+    """The settings to decode with of a method; its usual ones, if it names none."""
+    return drafter_named(name).grid or [{}]
+
+
 def choose_methods(args):
     """Decode the prompts with each method's grid, print the table, write the best to --out."""
     names = names_of(args.methods)
@@ -167,8 +158,8 @@ def choose_methods(args):
                              if (value := getattr(args, flag)) is not None
                              for word in (f"--{flag}", str(value))])
     for name in names:
-        for i, found in enumerate(GRIDS[name]):
-            methods.add(f"{name} {i}", name, found)
+        for i, settings in enumerate(grid_of(name)):
+            methods.add(f"{name} {i}", name, settings)
     questions = pick(args.prompts, args.each, args.skip)
     methods.warm_up([question.turns[:1] for question in questions], args.new_tokens)
     turns = [methods.answers(question.turns[:1], question.line, args.new_tokens)[0]
@@ -182,8 +173,8 @@ def choose_methods(args):
             best.setdefault(method.drafter, []).append((figures["speedup"], name))
         print(f"{method.drafter:12}{figures['compression_rate']:6.2f} / {figures['speedup']:.2f}  "
               f"{method.describe()}")
-    chosen = {drafter: GRIDS[drafter][int(max(found)[1].split()[1])]
-              for drafter, found in best.items()}
+    chosen = {drafter: grid_of(drafter)[int(max(figures)[1].split()[1])]
+              for drafter, figures in best.items()}
     for name in names:
         print(f"{name}: {chosen.get(name) or methods.left_out[f'{name} 0']}")
     if args.out:
@@ -192,13 +183,15 @@ def choose_methods(args):
 
 def choose(args):
     """The best settings at args.width: (tokens a second, width, their key); prints the table."""
-    decoder = load(args.model, args.adapter, args.device, args.dtype, args.width)
+    decoder = load(args.model, device=args.device, dtype=args.dtype, width=args.width,
+                   adapter=args.adapter)
     questions = pick(args.prompts, args.each, args.skip)
     prompts = [ids_of(decoder, question, args.longest) for question in questions]
     counts, (step, draft, verify) = measure(decoder, prompts, args)
     print(f"{len(prompts)} prompts, {args.new_tokens} tokens at most, temperature "
-          f"{args.temperature:g}, exit layer {decoder.exit_layer}, width {args.width}; ms: vanilla "
-          f"step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification {verify * 1e3:.2f}")
+          f"{args.temperature:g}, exit layer {decoder.adapter.exit_layer}, width {args.width}; "
+          f"ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification "
+          f"{verify * 1e3:.2f}")
     speedup = {key: reckoned(total, step, draft, verify) for key, total in counts.items()}
     show(counts, speedup, args.tree)
     best = max(speedup, key=speedup.get)

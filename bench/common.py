@@ -13,19 +13,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from kangaroo import NoDrafter, generate
-from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler, build, room_for_draft
+from kangaroo import WIDTH, NoDrafter, generate
+from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler, build
 from support import command_line
 from support.chat import encode_chat
 from support.checkpoint import config_json, named_weights, read_json, write_json
 from support.data import json_turns
-from support.decoder import Settings, call_through, timed
+from support.decoder import Settings, timed
 from support.errors import UserError
 from support.program import Parser
+from support.watch import TimedDrafter
 
 import torch
 
@@ -93,7 +95,7 @@ def asked_for(args, options):
     more = command_line.parse_arguments([
         "--prompt", "-", "--model", str(args.model), "--adapter", str(args.adapter),
         "--max-new-tokens", str(args.new_tokens), *options])
-    sampler = Sampler(more.temperature, more.top_k, more.top_p, more.seed)
+    sampler = command_line.make_sampler(more, more.seed)
     decoder, settings = command_line.prepare(more)
     return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)
 
@@ -265,23 +267,12 @@ class Decoded(NamedTuple):
 
 def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width=None):
     """Decode as `Decoder.rounds` does, with a clock in the drafter."""
-    named, drafting = isinstance(drafter, str), []
+    named = isinstance(drafter, str)
     settings = settings or decoder.settings(drafter if named else "none")
-    drafter = decoder.drafter(drafter, sampler, settings, width) if named else drafter
-
-    def drafted(draft, *arguments):
-        result = draft(*arguments)
-        synchronize(decoder.device)  # the last token's layers are drafting too
-        return result
-
-    def watched(*arguments):
-        result, seconds = stopwatch(drafted, *arguments)
-        drafting.append(seconds)
-        return result
-
-    call_through(drafter, "draft", watched)
+    drafter = TimedDrafter(decoder.drafter(drafter, settings) if named else drafter,
+                           partial(synchronize, decoder.device))
     rounds = decoder.rounds(ids, drafter, new_tokens, sampler, width, settings)
-    return Decoded(*zip(*timed(rounds)), drafting)
+    return Decoded(*zip(*timed(rounds)), drafter.seconds)
 
 
 # The pairs of γ and η that are walked through.
@@ -295,13 +286,12 @@ def drafts_everywhere(decoder, ids, output, sampler=None):
 
     The first is drafted from the prompt, the next ones from what the output adds to it.
     """
-    width = decoder.width
-    drafter = decoder.drafter("kangaroo", sampler, Settings(max(STEPS), 0.0))
-    cache = decoder.model.new_cache(len(ids) + len(output) + width)
-    drafter.prefill(ids[:-1], cache)
+    drafter = decoder.drafter("kangaroo", Settings(steps=max(STEPS), threshold=0.0))
+    cache = decoder.model.new_cache(len(ids) + len(output) + decoder.width, decoder.width)
+    drafter.prefill(ids[:-1], cache, sampler or Sampler())
     drafts = []
     for i in range(len(output)):
-        n_max = min(max(STEPS), room_for_draft(len(ids) + i - 1, width, decoder.device))
+        n_max = min(max(STEPS), cache.room(len(ids) + i - 1))
         draft = drafter.draft(ids + output[:i], n_max, cache)
         drafts.append((draft.tokens, draft.confidence))
     return drafts
@@ -376,15 +366,16 @@ def run_theirs(flag, checkout, python, code, job, folder):
     return json.loads((folder / "found.json").read_text())
 
 
-def rounds_as_theirs(drafters, prompts, theirs, skip=0, steps=None, eos=()):
+def rounds_as_theirs(drafters, prompts, theirs, width=WIDTH, skip=0, steps=None, eos=()):
     """[{ids, lengths}], a text a drafter, for as many rounds as theirs has.
 
     ids: the new tokens; lengths: how many each round committed. theirs: the same of the authors'
-    code. skip: 1 if it has its first token from prefill, so that ours begins after it.
+    code. width: rows of our steps. skip: 1 if it has its first token from prefill, so that ours
+    begins after it.
     """
     found = []
     for drafter, ids, text in zip(drafters, prompts, theirs):
-        model, width = drafter.model, drafter.width
+        model = drafter.model
         start = generate(model, NoDrafter(model), ids, skip, eos=eos)
         rounds = generate(model, drafter, ids + text["ids"][:skip], 10 ** 6, steps or width - 1,
                           eos=eos, width=width)

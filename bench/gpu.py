@@ -52,21 +52,33 @@ from bench.common import (
     synchronize,
     weights_of,
 )
+from drafters.adapters import describe
+from drafters.chain import ChainDrafter
 from drafters.tree import TREE_WIDTH
-from kangaroo import STEPS, WIDTH, Adapter, KangarooDrafter, generate
-from llama import Llama, LlamaConfig, Sampler, build, rows_are_alike
+from kangaroo import STEPS, WIDTH, Adapter, generate
+from llama import Llama, LlamaConfig, Sampler, build
 from support.checkpoint import write_atomically
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
-from support.graphs import CudaRecorder, direct_recorder, fuse_pointwise, graph_drafter
+from support.graphs import CudaRecorder, GraphedChain, direct_recorder, fuse_pointwise
+from support.packing import use_fast_norms
 from support.program import refuse_below_one, run_program
+from support.self_check import rows_are_alike
 
 import torch
 
+
+def config_of(hidden, inner, layers, heads, kv_heads, head_dim, vocab_size=32000, context=8192):
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        vocab_size=vocab_size, max_position_embeddings=context)
+
+
 SHAPES = {  # name: (config, exit layer)
-    "1B": (LlamaConfig(2048, 5632, 22, 32, 4, 64, 32000, max_position_embeddings=8192), 2),
-    "7B": (LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000, max_position_embeddings=8192), 2),
-    "13B": (LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000, max_position_embeddings=8192), 3)}
-TINY_SHAPE = LlamaConfig(64, 96, 4, 4, 2, 16, 300, max_position_embeddings=512), 2
+    "1B": (config_of(2048, 5632, 22, 32, 4, 64), 2),
+    "7B": (config_of(4096, 11008, 32, 32, 32, 128), 2),
+    "13B": (config_of(5120, 13824, 40, 40, 40, 128), 3)}
+TINY_SHAPE = config_of(64, 96, 4, 4, 2, 16, 300, 512), 2
 # The paper's compression rates for a 7B: translation, questions, retrieval, MT-Bench.
 RATES = 1.41, 1.87, 2.05, 2.22
 SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, 0, 0.95, 1)}
@@ -92,15 +104,18 @@ def random_module(cls, config, device, dtype):
             p.normal_(0, p.shape[-1] ** -0.5, generator=generator)
         else:
             p.fill_(1)
-    return module.eval()
+    return use_fast_norms(module).eval()
 
 
-def random_decoder(name, config, exit_layer, device, dtype):
+def random_decoder(name, config, exit_layer, device, dtype, compile=False):
     """A Decoder without text, for a shape alone."""
     model = random_module(Llama, config, device, dtype)
     adapter = random_module(Adapter, replace(config, num_hidden_layers=1), device, dtype)
-    return Decoder(Path(name), model, None, "none", None, adapter, {"exit_layer": exit_layer},
-                   WIDTH)
+    if compile:
+        fuse_pointwise(model, adapter)
+    decoder = Decoder(Path(name), model, None, "none", None)
+    decoder.adapter = describe(adapter, "random", {}, exit_layer)
+    return decoder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,8 +131,8 @@ def acceptance(rate, steps):
     return low
 
 
-class ControlledDrafter(KangarooDrafter):
-    """Does all of Kangaroo's work, then proposes what follows in `text`.
+class Controlled:
+    """A drafter that does all of Kangaroo's work, then proposes what follows in `text`.
 
     Or, once it is to be wrong, another token.
     """
@@ -142,6 +157,14 @@ class ControlledDrafter(KangarooDrafter):
         return token, 0.0 if self.stops and not right else 1.0
 
 
+class ControlledChain(Controlled, ChainDrafter):
+    """Without graphs."""
+
+
+class ControlledGraphedChain(Controlled, GraphedChain):
+    """With graphs."""
+
+
 # --------------------------------------------------------------------------------------------------
 # Measuring one model
 
@@ -156,9 +179,9 @@ class Bench:
 
     def controlled(self, text, rate, stops, steps=STEPS, graphs=True):
         decoder = self.graphed if graphs else self.plain
-        drafter = ControlledDrafter(decoder.model, decoder.adapter, decoder.exit_layer)
-        drafter = drafter.control(text, rate, stops, steps)
-        return graph_drafter(drafter) if graphs else drafter
+        kind = ControlledGraphedChain if graphs else ControlledChain
+        drafter = kind(decoder.model, decoder.adapter, decoder.adapter.exit_layer)
+        return drafter.control(text, rate, stops, steps)
 
     def decode(self, drafter, prompt, n, width=WIDTH, steps=STEPS, sampler=None, eos=()):
         """(seconds per token after the first round, which prefills; all tokens; rate)"""
@@ -173,10 +196,10 @@ class Bench:
     def parts(self, prompt, repeats):
         """Seconds of one draft step and of one verification, medians, right behind the prompt."""
         decoder, model, sampler = self.graphed, self.graphed.model, Sampler()
-        drafter = decoder.drafter(settings=Settings(STEPS, -1.0))  # never unsure
+        drafter = decoder.drafter(settings=Settings(steps=STEPS, threshold=-1.0))
         start, drafts, verifications = len(prompt) - 1, {1: [], STEPS: []}, []
-        cache = model.new_cache(len(prompt) + 2 * WIDTH)
-        drafter.prefill(prompt[:-1], cache)
+        cache = model.new_cache(len(prompt) + 2 * WIDTH, WIDTH)
+        drafter.prefill(prompt[:-1], cache, sampler)
 
         def drafted(n):
             draft = drafter.draft(prompt, n, cache)
@@ -184,7 +207,7 @@ class Bench:
             return draft
 
         def verified(draft):
-            h = model.step(draft.hidden, start, cache, WIDTH, decoder.exit_layer, len(model.layers))
+            h = model.step(draft.hidden, start, cache, drafter.depth, len(model.layers))
             logits = model.logits(h)[0, :len(draft.tokens) + 1]
             sampler.choose(logits, start + 1).tolist()
 
@@ -280,7 +303,7 @@ def figures(decoder, args, device, shipped):
     free_memory(device)
     contexts, n = ((16, 40), 10) if args.tiny else ((512, 4096), 128)
     longest = model.config.max_position_embeddings - n
-    return {"layers": len(model.layers), "exit_layer": decoder.exit_layer,
+    return {"layers": len(model.layers), "exit_layer": decoder.adapter.exit_layer,
             "weights": sum(p.numel() for p in weights_of(model)), "bandwidth": bandwidth,
             "alike": rows_are_alike(model, WIDTH),
             "contexts": [bench.context(shipped, context, n, bandwidth)
@@ -290,17 +313,19 @@ def figures(decoder, args, device, shipped):
 
 def shape(name, args, device, dtype):
     config, exit_layer = TINY_SHAPE if args.tiny else SHAPES[name]
-    decoder = random_decoder(name, config, exit_layer, device, dtype)
+    decoder = random_decoder(name, config, exit_layer, device, dtype, args.compile)
     return figures(decoder, args, device, shipped=False)
 
 
 def stories(args, device, dtype):
-    decoder = load(DEFAULT_MODEL, None, device, dtype_name(dtype), graphs=False)
+    decoder = load(DEFAULT_MODEL, device=device, dtype=dtype_name(dtype), graphs=False,
+                   compile=args.compile)
     return figures(decoder, args, device, shipped=True)
 
 
 def model(args, device, dtype):
-    decoder = load(args.model, args.adapter, device, dtype_name(dtype), graphs=False)
+    decoder = load(args.model, device=device, dtype=dtype_name(dtype), graphs=False,
+                   compile=args.compile, adapter=args.adapter)
     return figures(decoder, args, device, shipped=True)
 
 
@@ -309,8 +334,8 @@ def equal(name, args, device, dtype, adapter=None):
     asked, found = pick(args.questions), {}
     asked = asked[::max(1, len(asked) // args.answers)][:args.answers]  # spread over the file
     for drafter, width in (("kangaroo", WIDTH), ("tree", TREE_WIDTH)):
-        bench = Bench(load(args.model, adapter or args.adapter, device, name, width, graphs=False),
-                      1)
+        bench = Bench(load(args.model, device=device, dtype=name, width=width, graphs=False,
+                           compile=args.compile, adapter=adapter or args.adapter), 1)
         prompts = [ids_of(bench.plain, question, 1024) for question in asked]
         for sampling, sampler in SAMPLERS.items():
             bench.graphed.warm_up(prompts, args.new_tokens, [(drafter, None), ("none", None)],
@@ -529,8 +554,6 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(argv)
     device, dtype = pick_device_and_dtype(args.device, "float32" if args.tiny else None)
-    if args.compile:
-        fuse_pointwise()
     for part in args.parts:
         if part in results_for(args, device, dtype)["parts"]:
             continue

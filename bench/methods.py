@@ -9,57 +9,52 @@ layout that is fastest for it.
 """
 import math
 import statistics
-from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.common import decode, rotated
-from drafters.lookahead import CANDIDATES, LOOKAHEAD_WIDTH, NGRAM, WINDOW, LookaheadDrafter
-from drafters.tree import TREE_WIDTH
-from kangaroo import WIDTH
 from llama import Sampler
 from support import command_line
 from support.checkpoint import read_json, safetensors_entries
-from support.decoder import ADAPTED, DRAFTERS, HEADED, TREES, Settings, load, seed_of
-from support.errors import UserError
+from support.decoder import DRAFTERS, Settings, drafter_named, load, parts_needed, seed_of
+from support.errors import UserError, require
 
-DRAFTING = [name for name in DRAFTERS if name != "none"]
-WIDTHS = {**dict.fromkeys(TREES.values(), TREE_WIDTH), "lookahead": LOOKAHEAD_WIDTH}
-USUAL_WINDOW = {"window": WINDOW, "ngram": NGRAM, "candidates": CANDIDATES}  # lookahead's
 WEIGHTS = "*.safetensors", "*.bin", "medusa_lm_head.pt"  # and no checkpoint of a training
-# What load may be given besides a model and its adapter.
-NEEDS = {"--heads": "a folder of Medusa heads (default: medusa in the model's)",
-         "--draft-model": "a small model's folder, for sps (default: draft in the model's)",
-         "--datastore": "a file of drafters/rest.py, for rest"}
+
+
+def drafting():
+    """The names of all methods but vanilla decoding."""
+    return [cls.name for cls in DRAFTERS if cls.name != "none"]
 
 
 def add_flags(parser, default="kangaroo,lookup"):
-    """--methods and what they need."""
+    """--methods, and what they need besides a model and its adapter."""
     parser.add_argument("--methods", default=default,
-                        help=f"of {', '.join(DRAFTING)}; one whose needs are missing is left out")
-    for flag, help in NEEDS.items():
-        parser.add_argument(flag, type=Path, help=help)
+                        help=f"of {', '.join(drafting())}; one whose needs are missing is left out")
+    for name, cls in parts_needed().items():
+        if name != "adapter":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=Path,
+                                help=f"{cls.part.help} (default: {cls.part.place} in the model's)")
 
 
 def names_of(text):
     """--methods as a list; UserError for one that does not exist."""
     names = text.split(",")
     for name in names:
-        if name not in DRAFTING:
-            raise UserError(f"--methods {text}: {name!r} is none, choose from "
-                            f"{', '.join(DRAFTING)}")
+        require(name in drafting(),
+                f"--methods {text}: {name!r} is none, choose from {', '.join(drafting())}")
     return names
 
 
 def read_settings(path):
     """{drafter: {"width": …, "steps": …, …}} of a file that choose.py has written."""
-    known = {"width", *USUAL_WINDOW, *(field.name for field in fields(Settings))}
+    known = {name for cls in DRAFTERS for settings in cls.grid for name in settings}
     data = read_json(path)
     for name, values in data.items():
-        if name not in DRAFTING or not isinstance(values, dict) or not known >= values.keys():
-            raise UserError(f"--settings {path}: {name!r} must be one of {', '.join(DRAFTING)}, "
-                            f"with an object of some of {', '.join(sorted(known))}")
+        require(name in drafting() and isinstance(values, dict) and known >= values.keys(),
+                f"--settings {path}: {name!r} must be one of {', '.join(drafting())}, with an "
+                f"object of some of {', '.join(sorted(known))}")
     return data
 
 
@@ -67,48 +62,37 @@ class Method(NamedTuple):
     decoder: object
     drafter: str
     settings: Settings
-    window: dict  # lookahead's W, N, G
 
     def decode(self, ids, new_tokens, sampler):
         """A `common.Decoded`."""
-        return decode(self.decoder, ids, self.named(), new_tokens, sampler, self.settings)
-
-    def named(self):
-        """The drafter's name, or a drafter that has no name."""
-        if self.window:
-            return LookaheadDrafter(self.decoder.model, self.decoder.width, **self.window)
-        return self.drafter
+        return decode(self.decoder, ids, self.drafter, new_tokens, sampler, self.settings)
 
     def describe(self):
         """Settings and width, in words."""
         text = self.decoder.describe_drafter(self.drafter, self.settings).removeprefix("drafter ")
         if self.drafter == "none":
             text = "vanilla"
-        elif text == self.drafter:  # its settings are not the decoder's to tell
-            found = self.window or {"γ": self.settings.steps}
-            text = ", ".join(f"{name} {value}" for name, value in found.items())
+        elif text == self.drafter:  # it has no words for its settings
+            named = dict(vars(self.settings))
+            steps = named.pop("steps")
+            text = ", ".join(f"{name} {value}" for name, value in (named or {"γ": steps}).items())
         return f"{text}, width {self.decoder.width}"
 
     def costs(self):
         """{"parameters", "bytes", "training_seconds"} beyond the target's; None is not known."""
-        decoder = self.decoder
-        if self.drafter == "rest":
-            size = Path(decoder.datastore.source).stat().st_size
-            return {"parameters": 0, "bytes": size, "training_seconds": 0}
-        if self.drafter == "sps":
-            folder, config = Path(decoder.draft_model.source), "training.json"
-        elif self.drafter in ADAPTED:
-            folder, config = Path(decoder.adapter.source), "config.json"
-        elif self.drafter in HEADED:
-            folder, config = Path(decoder.heads.source), "config.json"
-        else:
+        part = drafter_named(self.drafter).part
+        if part is None:
             return {"parameters": 0, "bytes": 0, "training_seconds": 0}
-        facts = read_json(folder / config) if (folder / config).exists() else {}
-        shapes = [shape for path in folder.glob("*.safetensors")
+        source = Path(getattr(self.decoder, part.name).source)
+        if source.is_file():
+            return {"parameters": 0, "bytes": source.stat().st_size, "training_seconds": 0}
+        facts = next((read_json(source / name) for name in ("training.json", "config.json")
+                      if (source / name).exists()), {})
+        shapes = [shape for path in source.glob("*.safetensors")
                   for name, (shape, _) in safetensors_entries(path).items() if name != "vocabulary"]
         return {"parameters": sum(map(math.prod, shapes)) or None,
                 "bytes": sum(path.stat().st_size for name in WEIGHTS
-                             for path in folder.glob(name)) or None,
+                             for path in source.glob(name)) or None,
                 "training_seconds": seconds_of(facts.get("training", facts))}
 
 
@@ -122,8 +106,8 @@ def seconds_of(facts):
 class Methods:
     """The methods of a run, with vanilla decoding at each of their widths and at width 1.
 
-    args: model, adapter, heads, draft_model, datastore. options: further ones, of kangaroo.py,
-    which hold for all methods.
+    args: model, and of what drafters need (adapter, heads, …) the paths. options: further ones, of
+    kangaroo.py, which hold for all methods.
     """
 
     def __init__(self, args, options):
@@ -140,8 +124,10 @@ class Methods:
         if width not in self.decoders:
             args, o = self.args, self.options
             self.decoders[width] = load(
-                args.model, args.adapter, o.device, o.dtype, width, o.chat, o.exit_layer, o.tf32,
-                o.compile, not o.no_graphs, o.system, args.heads, args.draft_model, args.datastore)
+                args.model, device=o.device, dtype=o.dtype, width=width, chat=o.chat,
+                system=o.system, exit_layer=o.exit_layer, tf32=o.tf32, compile=o.compile,
+                graphs=not o.no_graphs,
+                **{name: getattr(args, name, None) for name in parts_needed()})
         return self.decoders[width]
 
     def add(self, name, drafter, found=None):
@@ -150,21 +136,19 @@ class Methods:
         What kangaroo.py's options say comes before them. Left out if it needs what is not there.
         """
         found = dict(found or {})
-        width = found.pop("width", self.width or WIDTHS.get(drafter, WIDTH))
-        window = {key: found.pop(key, usual) for key, usual in USUAL_WINDOW.items()}
-        asked = command_line.wanted(self.options) if drafter != "none" else {}
+        width = found.pop("width", self.width or drafter_named(drafter).usual_width)
+        asked = command_line.asked_settings(self.options) if drafter != "none" else {}
         asked = {key: value for key, value in asked.items() if value is not None}
         decoder = self.decoder(width)
         try:
-            decoder.settings(drafter)
+            decoder.settings(drafter, **found)
         except UserError as e:
             self.left_out[name] = str(e)
             return
         settings = decoder.settings(drafter, **found | asked)
         if drafter != "none" and vanilla(width) not in self.methods:
             self.add(vanilla(width), "none", {"width": width})
-        self.methods[name] = Method(decoder, drafter, settings,
-                                    window if drafter == "lookahead" else {})
+        self.methods[name] = Method(decoder, drafter, settings)
 
     def warm_up(self, texts, new_tokens):
         """Warm up all methods as far into the cache as these texts, lists of turns, may reach."""
@@ -175,7 +159,7 @@ class Methods:
             prompts += [encode(turns[0]), encode(*said[:-1])]
         most, sampler = max(map(len, texts)) * new_tokens, Sampler(o.temperature, o.top_k, o.top_p)
         for method in self.methods.values():
-            method.decoder.warm_up(prompts, most, [(method.named(), None)], sampler,
+            method.decoder.warm_up(prompts, most, [(method.drafter, None)], sampler,
                                    method.settings)
 
     def answers(self, turns, line, new_tokens):

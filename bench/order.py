@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import llama
+import support.attention
 from bench.common import parser_for, pick, stopwatch
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import WIDTH, generate
@@ -26,16 +27,16 @@ from support.program import refuse_below_one, run_program
 
 import torch
 
-SETTINGS = Settings(TREE_STEPS, TREE_THRESHOLD, TOP_CANDIDATES, TREE_WIDTH - 1)
-in_order = llama.attend_in_order
+SETTINGS = Settings(steps=TREE_STEPS, threshold=TREE_THRESHOLD, top_candidates=TOP_CANDIDATES,
+                    nodes=TREE_WIDTH - 1)
+in_order = support.attention.attend_in_order
 
 
-def by_slot(q, k, v, rows):
-    """The same keys and values for each row, in the order in which they lie in the cache."""
-    mask = torch.full_like(rows.mask, -torch.inf)
-    mask = mask.scatter_reduce(1, rows.columns, rows.mask, "amax")
-    slots = torch.arange(k.shape[1], device=q.device).expand_as(rows.columns)
-    return in_order(q, k, v, rows._replace(mask=mask, columns=slots))
+def by_slot(q, k, v, mask, columns, shared):
+    """Attention to the keys and values of each row in the order in which they lie in the cache."""
+    by_slot = torch.full_like(mask, -torch.inf).scatter_reduce(1, columns, mask, "amax")
+    slots = torch.arange(k.shape[1], device=q.device).expand_as(columns)
+    return in_order(q, k, v, by_slot, slots, shared)
 
 
 def decode(decoder, drafter, prompt, n):
@@ -66,14 +67,14 @@ def compare(decoder, prompts, n):
 @torch.inference_mode()
 def cost(folder, repeats=100):
     """Print the median ratio of a step's time with attention in order to that with the fused."""
-    model = load(folder, False, "cpu", "bfloat16").model
+    model = load(folder, device="cpu", dtype="bfloat16", adapter=False).model
     x, n_layers = model.embed([1]), len(model.layers)
     for start in (100, 400):
-        cache = model.new_cache(start + WIDTH)
+        cache = model.new_cache(start + WIDTH, WIDTH)
         seconds = {WIDTH: [], 0: []}
         for _ in range(repeats):
             for llama.CHAIN_WIDTH in seconds:
-                step = (*llama.one_shape(x, start, cache, WIDTH), 0, n_layers)
+                step = (*llama.one_shape(x, start, cache), 0, n_layers)
                 seconds[llama.CHAIN_WIDTH].append(stopwatch(model.run_layers, *step)[1])
         ratio = statistics.median(b / a for a, b in zip(seconds[WIDTH][5:], seconds[0][5:]))
         print(f"{Path(folder).name}: a step of width {WIDTH} at position {start} takes {ratio:.2f} "
@@ -93,12 +94,13 @@ def main(argv=None):
     if args.prompts:
         prompts = [question.turns[0] for question in pick(args.prompts)]
     for dtype in ("float32", "bfloat16"):
-        decoder = load(args.model, args.adapter, "cpu", dtype, TREE_WIDTH)
-        for name, llama.attend_in_order in (("position", in_order), ("slot", by_slot)):
+        decoder = load(args.model, device="cpu", dtype=dtype, width=TREE_WIDTH,
+                       adapter=args.adapter)
+        for name, support.attention.attend_in_order in (("position", in_order), ("slot", by_slot)):
             unequal, total = compare(decoder, prompts, args.new_tokens)
             print(f"{dtype:9} in order of {name:9} {unequal:5} of {total} rows of logits differ",
                   flush=True)
-        llama.attend_in_order = in_order  # for the self-check of the next decoder
+        support.attention.attend_in_order = in_order  # for the self-check of the next decoder
 
 
 if __name__ == "__main__":

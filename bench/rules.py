@@ -48,14 +48,12 @@ def coupled(p, q, x):
 @torch.inference_mode()
 def distributions(decoder, ids, sampler):
     """p and q (T, V), float64, of what follows each of ids: the target's and the drafter's."""
-    model, adapter, depth = decoder.model, decoder.adapter, decoder.exit_layer
+    model, adapter, depth = decoder.model, decoder.adapter, decoder.adapter.exit_layer
     positions = torch.arange(len(ids), device=decoder.device)
     x = model.embed_tokens(torch.tensor([ids], device=decoder.device))
     x = model.run_layers(x, positions, None, 0, depth)
     y = model.run_layers(x, positions, None, depth, len(model.layers))
     p, q = model.logits(y)[0], (adapter.head or model.lm_head)(adapter(x, positions)[0])
-    if adapter.vocabulary is not None:
-        q = torch.full_like(p, -torch.inf).index_copy_(1, adapter.vocabulary, q)
     return [torch.stack([sampler.scores(row) for row in logits]).double().softmax(-1)
             for logits in (p, q)]
 
@@ -77,8 +75,10 @@ def main(argv=None):
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0, greedy texts have no "
                         "such choice")
-    decoder = load(args.model, args.adapter, args.device, args.dtype, graphs=False)
-    settings, found, real = Settings(args.steps, 0.0), {name: [] for name in RULES}, []
+    decoder = load(args.model, device=args.device, dtype=args.dtype, graphs=False,
+                   adapter=args.adapter)
+    settings, real = Settings(steps=args.steps, threshold=0.0), []
+    found = {name: [] for name in RULES}
     for i, question in enumerate(progress(pick(args.prompts, args.each, args.skip))):
         sampler = Sampler(args.temperature, seed=seed_of(0, i))
         prompt = ids_of(decoder, question, args.longest)

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.checkpoint import write_atomically
-from support.decoder import load, watch_drafts
+from support.decoder import load
 from support.errors import UserError
 from support.program import Parser, run_program
+from support.watch import WatchedDrafter
 
 import torch
 
@@ -41,7 +42,7 @@ class Round(NamedTuple):
 def record(decoder, ids, method, new_tokens):
     """[Round] of a decode."""
     settings, grown, rounds = decoder.settings(method), [], []
-    drafter = watch_drafts(decoder.drafter(method, settings=settings),
+    drafter = WatchedDrafter(decoder.drafter(method, settings),
                            lambda tokens: grown.append((len(tokens), time.perf_counter())))
     begin = time.perf_counter()
     for round_ in decoder.rounds(ids, drafter, new_tokens, settings=settings):

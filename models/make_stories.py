@@ -252,7 +252,7 @@ def introduction(figures, config):
 def write_samples(folder):
     """README.md of the model: its figures, and twenty stories."""
     figures = read_json(folder / "training.json")
-    decoder = load(folder, False, "cpu", "bfloat16")
+    decoder = load(folder, device="cpu", dtype="bfloat16", adapter=False)
     lines = introduction(figures, decoder.model.config)
     for title, sampler in (("Greedy", lambda i: Sampler()),
                            ("Temperature 0.8", lambda i: Sampler(0.8, seed=i))):

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from llama import pack
 from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_llama
 from support.data import read_documents
 from support.decoder import pick_device_and_dtype
 from support.errors import UserError
+from support.packing import pack
 from support.program import Parser, refuse_below_one, run_program
 from support.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def answers(model, prompts, max_new_tokens):
     """
     length, alive = len(prompts[0]), list(range(len(prompts)))
     room = min(length + max_new_tokens, model.config.max_position_embeddings)
-    cache = model.new_cache(room)
+    cache = model.new_cache(room, width=1)
     cache.layers[:] = [layer.expand(-1, len(prompts), -1, -1, -1).contiguous()
                        for layer in cache.layers]
     ids = torch.tensor(prompts, device=model.norm.weight.device)
