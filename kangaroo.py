@@ -80,8 +80,8 @@ class Draft:
         require(len(parents) == n and all(0 <= p < i for i, p in enumerate(parents, 1)),
                 f"a draft's parents must come before their children, {parents} do not")
         require(n < cache.width and max(self.levels()) <= n_max,
-                f"a draft of {n} tokens, {max(self.levels())} of them in a row: it may have "
-                f"{cache.width - 1}, {n_max} of them in a row")
+                f"a draft of {n} tokens, {max(self.levels())} levels deep, where there is room for "
+                f"{cache.width - 1} tokens, {n_max} levels deep")
         require(self.hidden is not None or not depth, f"a draft needs its states at depth {depth}")
 
 

@@ -104,8 +104,8 @@ class KVCache:
 
         Each row must see the view that it would have alone. A step at `start` sees the blocks that
         hold start + width positions, so a draft ends before one of its rows would need another
-        block. With blocks of 64 and a width of 8: behind position 50 seven tokens, for the step
-        that starts at 57 alone has 65 positions, and behind position 56 none.
+        block. At width 8 with blocks of 64 it may have 6 tokens behind position 50, because a step
+        at 57 sees 65 positions, which is a second block; behind position 56 none.
         """
         block = self.BLOCK[self.rows.device.type]
         return min(self.width - 1, -(start + self.width) % block)
@@ -318,7 +318,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.fingerprint = None  # which model this is: see support/checkpoint.py
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # given, it is not drawn
+        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, lm_head=config.vocab_size)
