@@ -18,7 +18,7 @@ Who writes what:
 
     prefill   layers 0 … N−1, adapter    all positions of the prompt but the last, once
     draft     layers 0 … ℓ−1             one position a step, from the last committed token on
-              the adapter's own cache    the same, but for the last drafted token
+              the adapter's own cache    these positions but the last drafted token's
     verify    layers ℓ … N−1             all these positions, one pass a round
 
 Read first `generate`, then `KangarooDrafter.draft`; next `llama.py`. Left out on purpose: batches;

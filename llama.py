@@ -69,7 +69,7 @@ class KVCache:
     0 × NaN is NaN. Position comes before the heads, so that neither the strides nor the bits of a
     view depend on how much memory lies behind it.
     """
-    BLOCK = {"cpu": 64, "cuda": 256}  # a view grows by so many positions
+    BLOCK = {"cpu": 64, "cuda": 256}  # positions by which a view grows
 
     def __init__(self, rows, length, width, layers=None):
         self.rows = rows      # (2, layers, 1, positions, kv_heads, head_dim), keys and values
@@ -121,7 +121,7 @@ class KVCache:
             self.rows[:, :, :, start + 1:start + 1 + len(path)] = self.rows[:, :, :, moved]
 
 
-CHAIN_WIDTH = 8  # steps of at most so many rows hold a chain, and use PyTorch's fused attention
+CHAIN_WIDTH = 8  # steps of up to 8 rows hold a chain, and use PyTorch's fused attention
 MAX_WIDTH = 64   # a step of more rows might not fit in a block of the cache
 
 
@@ -215,7 +215,7 @@ class Rows(NamedTuple):
     sin: torch.Tensor      # (T, 1, head_dim), the first half negated
     mask: torch.Tensor     # which of the S positions in view a row sees; None: causal
     columns: torch.Tensor  # (T, S): the slot that holds a position; None: slots are positions
-    shared: int            # the first so many of these are the positions themselves in all rows
+    shared: int            # the first `shared` columns are the positions themselves in all rows
 
     @classmethod
     def at(cls, config, positions, x, cache):

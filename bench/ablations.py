@@ -10,8 +10,8 @@ same schedule. The drafts of each, one from every position of the answers to the
 what any γ and η would have come to (`walk` in common.py): compression rates are exact. Speedups are
 reckoned from these counts and the times of a few real decodes.
 
---adapter adds the same for an adapter trained in full: its γ × η table, how often its drafts are
-accepted by position, and how sure it was of accepted and of rejected tokens, by subtask. Take
+--adapter measures an adapter that was trained in full, too: its γ × η table, how often its drafts
+are accepted by position, and how sure it was of accepted and of rejected tokens, by subtask. Take
 questions that no adapter was chosen by.
 """
 import copy
@@ -26,21 +26,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import (
+    GRID_STEPS,
+    GRID_THRESHOLDS,
     NEEDED,
-    STEPS,
-    THRESHOLDS,
-    counted,
+    add_tables,
+    count_tokens,
     decode,
     drafts_everywhere,
+    estimate_speedup,
     ids_of,
     machine,
     parser_for,
     pick,
     progress,
-    reckoned,
     results_of,
     software,
-    summed,
     walk,
 )
 from kangaroo import WIDTH, Adapter, LayerAdapter
@@ -233,8 +233,8 @@ def measure(decoder, questions, prompts, outputs, args):
     for i, (question, ids, output) in enumerate(zip(questions, prompts, outputs)):
         left = min(args.new_tokens, decoder.model.config.max_position_embeddings - len(ids))
         drafts = drafts_everywhere(decoder, ids, output)
-        tables.append({(s, t): counted(output, walk(drafts, output, left, s, t))
-                       for s in STEPS for t in THRESHOLDS})
+        tables.append({(s, t): count_tokens(output, walk(drafts, output, left, s, t))
+                       for s in GRID_STEPS for t in GRID_THRESHOLDS})
         by_position += walk(drafts, output, left, PAPER[0], 0.0)
         bins = confidence.setdefault(question.category,
                                      {"accepted": [0] * BINS, "rejected": [0] * BINS})
@@ -250,8 +250,8 @@ def measure(decoder, questions, prompts, outputs, args):
             assert counts == walk(drafts, output, left, *PAPER), (ids, counts)
     grid = [{"steps": s, "threshold": t, "compression_rate": round(tokens / rounds, 4),
              "drafted": round(drafts / rounds, 4)}
-            for (s, t), (tokens, rounds, drafts) in summed(tables).items()]
-    drafted, accepted = ([sum(n > w for n in column) for w in range(max(STEPS))]
+            for (s, t), (tokens, rounds, drafts) in add_tables(tables).items()]
+    drafted, accepted = ([sum(n > w for n in column) for w in range(max(GRID_STEPS))]
                          for column in zip(*by_position))
     seconds = dict(zip(("step", "draft", "verify"), map(statistics.median, zip(*times))))
     return {"exit_layer": decoder.adapter.exit_layer, "grid": grid,
@@ -279,7 +279,7 @@ def with_speedups(variants):
         draft = found["seconds"]["draft"] / found["seconds"]["step"]
         for cell in found["grid"]:
             counts = cell["compression_rate"], 1, cell["drafted"]
-            cell["speedup"] = reckoned(counts, 1, draft, verify)
+            cell["speedup"] = estimate_speedup(counts, 1, draft, verify)
     return variants
 
 

@@ -9,8 +9,8 @@ r"""Against the authors' own code, round for round: the same ids and the same ac
 
 On the CPU in float32, greedily, with the paper's γ 6 and η 0.6. Both sides read the same files:
 pytorch_model.bin in two shards with their index, and an adapter in the form of the published ones.
-Then the same again with a random miniature that has llama3 RoPE and grouped heads. Theirs knows
-that RoPE not; it is given the frequencies.
+Then a random miniature that has llama3 RoPE and grouped heads. Their code does not know that RoPE;
+it is given the frequencies.
 
 Theirs takes its first token from prefill, so ours begins after it; and theirs stops up to γ tokens
 early, so the rounds compared are those that it has. Theirs runs in a process of its own; nothing

@@ -169,8 +169,9 @@ def draft_of(model, ids, edges, first=0):
 
 
 class TheirLookahead(LookaheadDrafter):
-    """As theirs: the window is filled in N − 2 rounds, from tokens of the prompt; it moves by one a
-    round; and what is accepted are n-grams, without their last token. What can be had besides:
+    """Lookahead as the authors' code has it: the window is filled in N − 2 rounds, from tokens of
+    the prompt; it moves by one a round; and what is accepted are n-grams, without their last token.
+    What can be had besides:
 
     whole: the last token too. anywhere: tokens of the window, as ours. move: the window moves by
     what was accepted; new columns are tokens of the text. prompt: the n-grams of prompt and text

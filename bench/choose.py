@@ -28,20 +28,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import (
+    GRID_STEPS,
+    GRID_THRESHOLDS,
     NEEDED,
-    STEPS,
-    THRESHOLDS,
-    counted,
+    add_tables,
+    count_tokens,
     decode,
     drafts_everywhere,
+    estimate_speedup,
     ids_of,
     line,
     parser_for,
     pick,
     progress,
-    reckoned,
     refuse_tree_width,
-    summed,
     walk,
 )
 from bench.methods import Methods, add_flags, fastest_of, figures_of, names_of
@@ -53,7 +53,7 @@ from support.decoder import Settings, drafter_named, load
 from support.errors import UserError
 from support.program import refuse_below_one, run_program
 
-TREE_STEPS, TREE_THRESHOLDS = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+TREE_GRID_STEPS, TREE_GRID_THRESHOLDS = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 CANDIDATES = 2, 4, 10
 
 
@@ -91,10 +91,10 @@ def settings_to_try(args):
     if args.tree:
         return [Settings(steps=steps, threshold=threshold, top_candidates=candidates,
                          nodes=args.width - 1)
-                for candidates in CANDIDATES for steps in TREE_STEPS
-                for threshold in TREE_THRESHOLDS]
-    return [Settings(steps=steps, threshold=threshold) for steps in STEPS if steps < args.width
-            for threshold in THRESHOLDS]
+                for candidates in CANDIDATES for steps in TREE_GRID_STEPS
+                for threshold in TREE_GRID_THRESHOLDS]
+    return [Settings(steps=steps, threshold=threshold) for steps in GRID_STEPS if steps < args.width
+            for threshold in GRID_THRESHOLDS]
 
 
 def key(settings):
@@ -126,11 +126,11 @@ def measure(decoder, prompts, args):
         output = vanilla.tokens
         drafts = drafts_everywhere(decoder, ids, output, sampler)
         left = min(args.new_tokens, decoder.model.config.max_position_embeddings - len(ids))
-        tables.append({key(s): counted(output, walk(drafts, output, left, s.steps, s.threshold))
-                       for s in grid})
+        tables.append({key(s): count_tokens(
+            output, walk(drafts, output, left, s.steps, s.threshold)) for s in grid})
         one = grid[13 * i % len(grid)]
         assert tables[-1][key(one)] == real(ids, one), (one, tables[-1][key(one)])
-    return summed(tables), [statistics.median(seconds) for seconds in zip(*times)]
+    return add_tables(tables), [statistics.median(seconds) for seconds in zip(*times)]
 
 
 def show(counts, speedup, tree):
@@ -192,7 +192,7 @@ def choose(args):
           f"{args.temperature:g}, exit layer {decoder.adapter.exit_layer}, width {args.width}; "
           f"ms: vanilla step {step * 1e3:.2f}, draft step {draft * 1e3:.2f}, verification "
           f"{verify * 1e3:.2f}")
-    speedup = {key: reckoned(total, step, draft, verify) for key, total in counts.items()}
+    speedup = {key: estimate_speedup(total, step, draft, verify) for key, total in counts.items()}
     show(counts, speedup, args.tree)
     best = max(speedup, key=speedup.get)
     speed = speedup[best] / step if step else 0.0  # texts of one token have no step to time

@@ -43,9 +43,9 @@ SHARED = {
     "--out": dict(type=Path, help="the results file; what it holds already is kept"),
     "--each": dict(type=int, help="prompts of each category"),
     "--limit": dict(type=int, help="questions of each subtask"),
-    "--skip": dict(type=int, help="after the first so many of each"),
+    "--skip": dict(type=int, help="questions of each category to leave out first"),
     "--new-tokens": dict(type=int, help="of an answer at most"),
-    "--longest": dict(type=int, help="of a longer prompt, only so many last tokens"),
+    "--longest": dict(type=int, help="tokens of a prompt; of a longer one the last ones"),
     "--dtype": dict(help="default: the command line's"),
     "--device": dict(help="default: the command line's")}
 
@@ -75,13 +75,13 @@ class Asked(NamedTuple):
     new_tokens: int
 
     def rounds(self, ids, drafter, width=None):
-        """As `Decoder.rounds`; drafter "kangaroo" is the tree if --tree was given."""
+        """What `Decoder.rounds` yields; drafter "kangaroo" is the tree if --tree was given."""
         drafter = self.drafter if drafter == "kangaroo" else drafter
         return self.decoder.rounds(ids, drafter, self.new_tokens, self.sampler, width,
                                    self.settings)
 
     def warm_up(self, prompts, drafters):
-        """As `Decoder.warm_up`; drafters as `rounds` has them."""
+        """Do once what happens only once (`Decoder.warm_up`); drafters as `rounds` has them."""
         drafters = [self.drafter if drafter == "kangaroo" else drafter for drafter in drafters]
         self.decoder.warm_up(prompts, self.new_tokens, [(drafter, None) for drafter in drafters],
                              self.sampler, self.settings)
@@ -276,8 +276,8 @@ def decode(decoder, ids, drafter, new_tokens, sampler=None, settings=None, width
 
 
 # The pairs of γ and η that are walked through.
-STEPS = 1, 2, 3, 4, 5, 6, 7
-THRESHOLDS = 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
+GRID_STEPS = 1, 2, 3, 4, 5, 6, 7
+GRID_THRESHOLDS = 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
 
 
 @torch.inference_mode()
@@ -286,12 +286,12 @@ def drafts_everywhere(decoder, ids, output, sampler=None):
 
     The first is drafted from the prompt, the next ones from what the output adds to it.
     """
-    drafter = decoder.drafter("kangaroo", Settings(steps=max(STEPS), threshold=0.0))
+    drafter = decoder.drafter("kangaroo", Settings(steps=max(GRID_STEPS), threshold=0.0))
     cache = decoder.model.new_cache(len(ids) + len(output) + decoder.width, decoder.width)
     drafter.prefill(ids[:-1], cache, sampler or Sampler())
     drafts = []
     for i in range(len(output)):
-        n_max = min(max(STEPS), cache.room(len(ids) + i - 1))
+        n_max = min(max(GRID_STEPS), cache.room(len(ids) + i - 1))
         draft = drafter.draft(ids + output[:i], n_max, cache)
         drafts.append((draft.tokens, draft.confidence))
     return drafts
@@ -314,17 +314,17 @@ def walk(drafts, output, left, steps, threshold):
     return rounds
 
 
-def counted(output, rounds):
+def count_tokens(output, rounds):
     """(tokens, rounds, tokens drafted)"""
     return len(output), len(rounds), sum(drafted for drafted, _ in rounds)
 
 
-def summed(tables):
+def add_tables(tables):
     """One table of the sums of several: {key: tuple of numbers}."""
     return {key: tuple(map(sum, zip(*(table[key] for table in tables)))) for key in tables[0]}
 
 
-def reckoned(counts, step, draft, verify):
+def estimate_speedup(counts, step, draft, verify):
     """The speedup that (tokens, rounds, tokens drafted) come to.
 
     The seconds are those of a vanilla step, a draft step and a verification. A round runs the
@@ -369,7 +369,7 @@ def run_theirs(flag, checkout, python, code, job, folder):
 def rounds_as_theirs(drafters, prompts, theirs, width=WIDTH, skip=0, steps=None, eos=()):
     """[{ids, lengths}], a text a drafter, for as many rounds as theirs has.
 
-    ids: the new tokens; lengths: how many each round committed. theirs: the same of the authors'
+    ids: the new tokens; lengths: how many each round committed. theirs: these of the authors'
     code. width: rows of our steps. skip: 1 if it has its first token from prefill, so that ours
     begins after it.
     """

@@ -13,7 +13,7 @@ equal-*   a dtype: 40 questions of --questions, 256 tokens each, chain and tree,
           are the answers vanilla's, and those without graphs?
 shape-*   Llama shapes with random weights, no download: vanilla at width 1 and at the one shape,
           a draft step, a verification, speedups under controlled acceptance, memory
-stories, model   the same for the shipped model, and for --model
+stories, model   these for the shipped model, and for --model
 train     an adapter for --model from all of --data; what is left after 9 minutes, the next run does
 answers   the questions with that adapter
 
@@ -201,12 +201,12 @@ class Bench:
         cache = model.new_cache(len(prompt) + 2 * WIDTH, WIDTH)
         drafter.prefill(prompt[:-1], cache, sampler)
 
-        def drafted(n):
+        def run_draft(n):
             draft = drafter.draft(prompt, n, cache)
             synchronize(self.device)
             return draft
 
-        def verified(draft):
+        def verify(draft):
             h = model.step(draft.hidden, start, cache, drafter.depth, len(model.layers))
             logits = model.logits(h)[0, :len(draft.tokens) + 1]
             sampler.choose(logits, start + 1).tolist()
@@ -215,9 +215,9 @@ class Bench:
             for n, seconds in drafts.items():
                 drafter.seen = start
                 synchronize(self.device)
-                draft, spent = stopwatch(drafted, n)
+                draft, spent = stopwatch(run_draft, n)
                 seconds.append(spent)
-            verifications.append(stopwatch(verified, draft)[1])
+            verifications.append(stopwatch(verify, draft)[1])
         one, many, verification = (statistics.median(seconds[1:])  # the first ones record
                                    for seconds in (*drafts.values(), verifications))
         return (many - one) / (STEPS - 1), verification
@@ -262,7 +262,7 @@ class Bench:
             "graphs": seconds["no graphs"] / shape if shipped else None}
 
     def bytes_read(self, positions):
-        """Of weights and of the cache's rows, for one token behind so many."""
+        """Of weights and of the cache's rows, for one token behind a context."""
         model = self.plain.model
         read = sum(p.nbytes for p in weights_of(model))
         if not model.config.tie_word_embeddings:  # of the embedding, a row a token is read
@@ -498,9 +498,9 @@ def parse_arguments(argv):
     option("--parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     option("--data", nargs="+", type=Path, help="ShareGPT's conversations, to train an adapter")
     option("--trained", type=Path, default=Path("trained"), help="where that goes")
-    option("--answers", type=int, default=40, help="so many questions, spread over the file")
+    option("--answers", type=int, default=40, help="how many questions, spread over the file")
     option("--updates", type=int, default=2000, help="of the training")
-    option("--minutes", type=float, default=MINUTES, help="a part has at most so many")
+    option("--minutes", type=float, default=MINUTES, help="that a part has at most")
     option("--page", type=Path, help="whose tables to write (default: docs/performance.md)")
     option("--compile", action="store_true", help="fuse pointwise operations with torch.compile")
     option("--tiny", action="store_true", help="toy sizes, on any device, to test this file")
@@ -541,7 +541,7 @@ def measure(part, args, device, dtype):
 
 
 def measure_apart(part, argv, minutes):
-    """The same in a process that keeps its memory, its time and its crash to itself."""
+    """Measure a part in a process that keeps its memory, its time and its crash to itself."""
     rest = [word for word in argv if word != "--everything"]
     try:
         subprocess.run([sys.executable, __file__, *rest, "--parts", part], timeout=60 * minutes,

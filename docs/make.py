@@ -150,7 +150,7 @@ def example(data, r):
 # --------------------------------------------------------------------------------------------------
 # The tree
 
-def drawn(tree, texts, node=0):
+def draw_tree(tree, texts, node=0):
     """The lines of a tree from `node` down; ✓ for accepted nodes.
 
     The first child stands beside its parent, the others below.
@@ -158,7 +158,7 @@ def drawn(tree, texts, node=0):
     label = f"{node} {show(texts[node])[1:-1]}"
     if node:
         label += f" {tree['confidence'][node - 1]:.2f}" + " ✓" * (node in tree["accepted"])
-    blocks = [drawn(tree, texts, child) for child, parent in enumerate(tree["parents"], 1)
+    blocks = [draw_tree(tree, texts, child) for child, parent in enumerate(tree["parents"], 1)
               if parent == node]
     lines, blank = [], " " * len(label)
     for i, block in enumerate(blocks):
@@ -188,7 +188,8 @@ def tree_example(trace):
     return "\n".join([
         f"Round {r + 1} of the same text, drafted with `--tree`: {len(texts)} drafted "
         "nodes, numbered in the order in which they ran, with the drafter's probability of each; ✓ "
-        "is the accepted path.", "", "```", *drawn(trees[r], ["last committed", *texts]), "```"])
+        "is the accepted path.", "", "```",
+        *draw_tree(trees[r], ["last committed", *texts]), "```"])
 
 
 def insert(path, name, text):

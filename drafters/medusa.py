@@ -40,7 +40,6 @@ import torch.nn.functional as F
 # A path a node, parents first, the likeliest first: of 3 heads, in 15 rows.
 TREE = ((0,), (0, 0), (1,), (0, 1), (0, 0, 0), (2,), (1, 0), (0, 2), (0, 0, 1), (3,), (0, 1, 0),
         (2, 0), (1, 1), (1, 0, 0), (0, 0, 2))
-TREE_WIDTH = 16  # rows of a step of a tree
 
 
 class Block(nn.Module):
@@ -143,7 +142,7 @@ class MedusaDrafter(Method, NoDrafter):
 
 class MedusaTreeDrafter(MedusaDrafter):
     """Drafts the tree of choices that the heads' folder names, its first `nodes` nodes."""
-    name, tree_of, usual_width = "medusa-tree", "medusa", TREE_WIDTH
+    name, tree_of, usual_width = "medusa-tree", "medusa", 16
     grid = [{"width": width, "nodes": width - 1} for width in (9, 12, 16)]
 
     @classmethod

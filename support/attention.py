@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 MAX_ROWS = 64            # of a decode step; a pass of more is one of prefill
-CHUNK, LONG = 256, 1024  # keys of a chunk; views of so many positions and more go by chunks
+CHUNK, LONG = 256, 1024  # keys of a chunk; views from 1,024 positions on go by chunks
 
 
 def make_mask(positions, length, like, group, in_order):

@@ -177,7 +177,7 @@ def refuse_other_models(path, data):
 def slides(path, data):
     """Whether a row sees `sliding_window` positions only, itself among them.
 
-    Up to so many positions that is what every row sees anyway: there the context ends.
+    In a context that ends there that is what every row sees anyway.
     """
     kinds = data.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind not in LAYER_TYPES for kind in kinds):
@@ -279,7 +279,8 @@ def safetensors_entries(path):
 
 
 def pickle_entries(path, opened):
-    """The same of a file of torch.save, which may hold tensors and nothing else.
+    """{name: (shape, function that reads it)} of a file of torch.save, which may hold tensors and
+    nothing else.
 
     `opened` is a dict to keep the last file that was read in: one at a time is in memory.
     """

@@ -23,7 +23,7 @@ from support.errors import UserError
 import torch
 from torch.utils.data import DataLoader
 
-HELD_OUT = 64  # one document in so many is never trained on
+HELD_OUT = 64  # one document in 64 is never trained on
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def write_datastore(path, tokens, order, tokenizer):
                        "vocabulary": str(len(tokenizer.vocabulary()))})
 
 
-def joined(documents):
+def join_documents(documents):
     """Lists of token ids -> tokens (n,) int32, with END behind each document."""
     tokens = array("i")
     for ids in documents:
@@ -60,8 +60,9 @@ def make(args):
     config = tokenizer.with_ends(config)
     _, template = find_chat_template(args.model, args.chat)
     documents, _ = split(args.data)
-    tokens = joined(encode(document, tokenizer, template, config.eos_token_ids, sys.maxsize)[0]
-                    for document in documents)
+    tokens = join_documents(
+        encode(document, tokenizer, template, config.eos_token_ids, sys.maxsize)[0]
+        for document in documents)
     read = time.perf_counter()
     order = suffix_order(tokens)
     write_datastore(args.out, tokens, order, tokenizer)

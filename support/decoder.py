@@ -151,7 +151,7 @@ class Decoder:
         self.chat, self.template, self.width = chat, template, width
         self.asked_exit_layer = exit_layer  # None: the adapter's own
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
-        self.graphed, self.room = False, ""
+        self.graphed, self.graph_words = False, ""
         for name in parts_needed():
             setattr(self, name, None)
 
@@ -215,7 +215,7 @@ class Decoder:
                  f"width {self.width}"]
         if self.model.config.sliding_window:
             parts.append(f"context {self.model.config.sliding_window} (sliding_window)")
-        return " · ".join(parts) + self.room
+        return " · ".join(parts) + self.graph_words
 
     def describe_model(self):
         return " · ".join([self.folder.name, str(self.device),
@@ -238,8 +238,8 @@ class Decoder:
         if self.graphed:
             for part in (self.model, *self.parts()):
                 if isinstance(part, GraphedLlama):
-                    part.room = end + 2 * self.width
-            self.room = f" · {self.model.describe(*steps)}"
+                    part.capacity = end + 2 * self.width
+            self.graph_words = f" · {self.model.describe(*steps)}"
             self.warn_unless(self.width == 1 or self.model.are_alike(*steps))
         return steps
 

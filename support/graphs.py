@@ -240,7 +240,7 @@ class GraphedLlama:
         self.model, self.widths, self.device = model, widths, model.norm.weight.device
         self.graphs = Graphs(record or CudaRecorder(self.device), self.device)
         self.last_step = None, None  # its states after the last layer, and their logits
-        self.room = 0     # positions that a KV cache has room for: growing means recording anew
+        self.capacity = 0  # positions that a KV cache has room for: growing means recording anew
         self.memory = {}  # by config: the KV cache that recordings know
         self.lent = {}    # by config: a weak reference to the view of it that the last text got
 
@@ -248,7 +248,7 @@ class GraphedLlama:
         return getattr(self.model, name)
 
     def new_cache(self, length, width, config=None):
-        """As the model's own, in the memory of the last text's cache if nobody uses that now."""
+        """A KV cache, in the memory of the last text's if nobody uses that now."""
         config = config or self.model.config
         if config in self.lent and self.lent[config]() is not None:
             # Two texts at once; or one that has ended, and something still knows its drafter.
@@ -260,7 +260,7 @@ class GraphedLlama:
             if memory is not None:
                 self.graphs.forget()
                 del self.memory[config], memory  # before the new one is made
-            memory = self.memory[config] = self.model.new_cache(max(length, self.room), width,
+            memory = self.memory[config] = self.model.new_cache(max(length, self.capacity), width,
                                                                 config)
         memory.rows.zero_()  # as good as new, even if the last text ended in NaN
         cache = KVCache(memory.rows, memory.in_view(length, self.device), width, memory.layers)
@@ -272,7 +272,7 @@ class GraphedLlama:
         return any(cache.rows is memory.rows for memory in self.memory.values())
 
     def step(self, x, start, cache, first, last, parents=None):
-        """As the model's own, replayed. Behind the last layer the LM head is recorded too."""
+        """What `Llama.step` gives, replayed. Behind the last layer the LM head is recorded too."""
         model, width = self.model, cache.width
         if width not in self.widths or not self.knows(cache):
             return model.step(x, start, cache, first, last, parents)

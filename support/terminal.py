@@ -34,7 +34,7 @@ class Screen:
             self.column = column_after(text, self.column, shutil.get_terminal_size().columns)
 
     def show(self, text, drafted):
-        """As `Decoder.generate` calls it: green is what was drafted."""
+        """Print a piece of the text, green if it was drafted."""
         self.write(text, GREEN if drafted else "")
 
     def draft(self, text):

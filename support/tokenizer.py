@@ -155,7 +155,7 @@ class Tokenizer:
             data = self.path.read_bytes()
             processor, bare = SentencePieceProcessor(), SentencePieceProcessor()
             processor.LoadFromSerializedProto(data)
-            # The same, but add_dummy_prefix false: in a protobuf, the later field counts.
+            # With add_dummy_prefix false behind it: in a protobuf, the later field counts.
             bare.LoadFromSerializedProto(data + b"\x1a\x02\x18\x00")
         except (RuntimeError, OSError) as e:
             raise UserError(
