@@ -29,7 +29,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from llama import Attention, RMSNorm, Rows, Sampler, one_shape
+from llama import CHAIN_WIDTH, Attention, RMSNorm, Rows, Sampler, one_shape
 from support.errors import UserError, require
 
 import torch
@@ -76,12 +76,14 @@ class Draft:
 
     def refuse_unless_fit(self, n_max, cache, depth):
         """UserError for what a step could not verify: then the drafter is at fault."""
-        n, parents = len(self.tokens), self.parents
+        n, parents, width = len(self.tokens), self.parents, cache.width
         require(len(parents) == n and all(0 <= p < i for i, p in enumerate(parents, 1)),
                 f"a draft's parents must come before their children, {parents} do not")
-        require(n < cache.width and max(self.levels()) <= n_max,
+        require(n < width and max(self.levels()) <= n_max,
                 f"a draft of {n} tokens, {max(self.levels())} levels deep, where there is room for "
-                f"{cache.width - 1} tokens, {n_max} levels deep")
+                f"{width - 1} tokens, {n_max} levels deep")
+        require(width > CHAIN_WIDTH or parents == list(range(n)),
+                f"a draft tree at width {width}: needs a width above {CHAIN_WIDTH}")
         require(self.hidden is not None or not depth, f"a draft needs its states at depth {depth}")
 
 
@@ -101,7 +103,10 @@ class Round:
 
 class NotFinite(UserError):
     """The target's logits hold NaN or infinity. `ids`: the tokens that it read."""
-    ids = ()
+
+    def __init__(self, ids, dtype):
+        super().__init__(f"NaN or infinite logits: damaged weights, or too large for {dtype}")
+        self.ids = ids
 
 
 @torch.inference_mode()
@@ -141,9 +146,7 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         finite = logits.isfinite().all(-1)
         choices, finite = torch.stack((choices, finite)).tolist()  # one host sync
         if not all(finite):
-            error = NotFinite(f"NaN or infinite logits: damaged weights, or too large for {dtype}")
-            error.ids = ids + draft.tokens
-            raise error
+            raise NotFinite(ids + draft.tokens, dtype)
         require(all(map(math.isfinite, draft.confidence)), f"{drafter.source}: what it drafts with "
                 f"is not finite: damaged weights, or too large for {dtype}")
         # Accept: from the root down, the child that proposes what the target itself says. In a
