@@ -138,13 +138,14 @@ class Methods:
         found = dict(found or {})
         width = found.pop("width", self.width or drafter_named(drafter).usual_width)
         asked = command_line.asked_settings(self.options) if drafter != "none" else {}
-        asked = {key: value for key, value in asked.items() if value is not None}
         decoder = self.decoder(width)
         try:
-            decoder.settings(drafter, **found)
+            settings = decoder.settings(drafter, **found)
         except UserError as e:
             self.left_out[name] = str(e)
             return
+        asked = {key: value for key, value in asked.items()
+                 if value is not None and hasattr(settings, key)}
         settings = decoder.settings(drafter, **found | asked)
         if drafter != "none" and vanilla(width) not in self.methods:
             self.add(vanilla(width), "none", {"width": width})

@@ -127,9 +127,10 @@ def parse_arguments(argv):
             "--width 1: has no room for a draft, give --drafter none too")
     require(args.width > CHAIN_WIDTH or not tree,
             f"--width {args.width}: must be above {CHAIN_WIDTH} for --tree")
-    require(args.top_candidates is None or args.drafter == "tree",
+    has = {name for settings in cls.grid for name in settings}
+    require(args.top_candidates is None or "top_candidates" in has,
             "--top-candidates: is for a tree of --drafter kangaroo, give --tree too")
-    require(args.nodes is None or tree or cls.drafts_trees(CHAIN_WIDTH + 1),
+    require(args.nodes is None or "nodes" in has,
             "--nodes: is for a tree, give --tree too")
     for flag in flags_of_parts().keys() - {"--adapter"}:
         value = getattr(args, attribute(flag))

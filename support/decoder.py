@@ -184,21 +184,22 @@ class Decoder:
     def settings(self, drafter="kangaroo", **asked):
         """The Settings of a drafter: those asked for, None leaves it to the adapter's or the usual.
 
-        UserError for what the drafter or the width does not allow.
+        UserError for what the drafter does not have, or it or the width does not allow; TypeError
+        for a name that no drafter has.
         """
         cls = drafter_named(drafter)
         self.require_part(cls)
         values = cls.usual(self)
-        known = {name for other in DRAFTERS for settings in other.grid for name in settings}
-        for name in asked:
-            if name not in known - {"width"} | values.keys():
+        asked = {name: value for name, value in asked.items() if value is not None}
+        for name in asked.keys() - values.keys():
+            if not any(name in settings for other in DRAFTERS for settings in other.grid):
                 raise TypeError(f"unexpected keyword argument {name!r}: {drafter} has "
                                 f"{', '.join(values)}")
+            raise UserError(f"--{name.replace('_', '-')}: --drafter {drafter} has none, it has "
+                            f"{', '.join(values)}")
         values |= {name: min(values[name], self.width - 1) for name in ("steps", "nodes")
                    if name in values}
-        values |= {name: value for name, value in asked.items()
-                   if value is not None and name in values}
-        settings = Settings(**values)
+        settings = Settings(**values | asked)
         cls.check(settings, self.width)
         return settings
 
