@@ -43,7 +43,8 @@ from bench.common import (
     software,
     walk,
 )
-from kangaroo import WIDTH, Adapter, LayerAdapter
+from drafters.adapters import LayerAdapter, PartialHead
+from kangaroo import WIDTH, Adapter
 from support.chat import find_chat_template
 from support.checkpoint import load_llama, read_config, write_atomically
 from support.data import batches_of, encode, most_frequent, split
@@ -51,7 +52,7 @@ from support.decoder import Settings, load, pick_device_and_dtype
 from support.packing import pack
 from support.program import refuse_below_one, run_program
 from support.tokenizer import Tokenizer
-from train_adapter import Target, for_decoding, learning_rate, new_adapter
+from train_adapter import States, Target, for_decoding, learning_rate, new_adapter
 
 import torch
 import torch.nn as nn
@@ -134,7 +135,7 @@ def states_at(target, exit_layers, batches):
             x = model.run_layers(x, positions, None, done, layer)
             here[layer], done = x, layer
         final = target.final(model.run_layers(x, positions, None, done, len(model.layers))[learn])
-        found.append({layer: (x, learn, *final) for layer, x in here.items()})
+        found.append({layer: States(x, learn, *final) for layer, x in here.items()})
     return found
 
 
@@ -159,9 +160,9 @@ def train(variant, model, vocabulary, states, held_out, args):
     adapter = for_decoding(adapter, target)
     if own:
         vocabulary = torch.arange(model.config.vocab_size, device=target.own.device)
-        adapter.draft_from(vocabulary if target.vocabulary is None else target.vocabulary,
-                           model.lm_head)
-        adapter.head.weight.data.copy_(target.own)
+        adapter.head = PartialHead(
+            model.lm_head, vocabulary if target.vocabulary is None else target.vocabulary)
+        adapter.head.rows.weight.data.copy_(target.own)
     return adapter
 
 
@@ -182,7 +183,7 @@ def update(variant, target, adapter, parameters, states, args):
     return total
 
 
-def trained(todo, args):
+def train_all(todo, args):
     """[(variant, its adapter)], all trained on the same states."""
     model = load_llama(args.model, *pick_device_and_dtype(args.device, args.dtype))
     tokenizer = Tokenizer(args.model, model.config)
@@ -216,11 +217,10 @@ def trained(todo, args):
 # --------------------------------------------------------------------------------------------------
 # Decoding
 
-def with_adapter(decoder, adapter, exit_layer):
+def with_adapter(decoder, adapter):
     """The decoder with another adapter."""
     decoder = copy.copy(decoder)
     decoder.adapter = pack(adapter, WIDTH)
-    adapter.exit_layer = exit_layer
     return decoder
 
 
@@ -347,11 +347,10 @@ def main(argv=None):
     todo = [variant for variant in variants(n_layers, args.vocabulary)
             if variant.name not in results["variants"]
             and (args.only is None or variant.name in args.only)]
-    adapters = trained(todo, args) if todo else []
+    adapters = train_all(todo, args) if todo else []
     decoder = load(args.model, device=args.device, dtype=args.dtype, graphs=False,
                    adapter=args.adapter or False)
-    decoders = [(variant, with_adapter(decoder, adapter, variant.exit_layer))
-                for variant, adapter in adapters]
+    decoders = [(variant, with_adapter(decoder, adapter)) for variant, adapter in adapters]
     if args.adapter and "in full" not in results["variants"]:
         decoders.append((Variant("in full"), decoder))
     questions = pick(args.questions, args.limit, args.skip)

@@ -1,4 +1,4 @@
-"""Kangaroo's adapters: those besides the paper's, a head of fewer tokens, and their folders.
+"""Kangaroo's adapters: one besides the paper's, a head of fewer tokens, new ones, their folders.
 
     folder with config.json and weights -> load_adapter -> an adapter for this target
 
@@ -13,6 +13,7 @@ from llama import MLP, Linear, RMSNorm, Rows, build
 from support.checkpoint import (
     is_constant,
     load_weights,
+    named_weights,
     pickle_entries,
     read_config,
     read_json,
@@ -62,6 +63,26 @@ class PartialHead(nn.Module):
         logits = self.rows(x)
         every = logits.new_full((*x.shape[:-1], self.vocab_size), -math.inf)
         return every.index_copy_(-1, self.vocabulary, logits)
+
+
+UNSURE = 0.3  # of the target's final norm: what a new adapter begins with
+
+
+def new_adapter(cls, model):
+    """An adapter in float32 that begins as the target's final norm alone, scaled down.
+
+    Its residual branches start at zero. What it then says of the exit state is wrong, and with the
+    target's own norm it would say that with a trained model's certainty, which would have to be
+    unlearned first (docs/training.md has the trial).
+    """
+    adapter = cls(replace(model.config, num_hidden_layers=1))
+    for name, weight in named_weights(adapter).items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data.zero_()
+        elif weight.dim() > 1:
+            weight.data.normal_(std=weight.shape[1] ** -0.5)
+    adapter.norm.weight.data.copy_(UNSURE * model.norm.weight)
+    return use_fast_norms(adapter.to(model.norm.weight.device))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -158,21 +158,6 @@ class MedusaTreeDrafter(MedusaDrafter):
         return super().describe(decoder, settings) + f", tree of {settings.nodes} nodes"
 
 
-def sparse_tree(right, nodes):
-    """The paths that are likeliest to be the text: how Medusa's tree is chosen.
-
-    right[k][i]: how often the i-th choice of head k + 1 was right, on other text.
-    """
-    tree, near = [], {(i,): p for i, p in enumerate(right[0])}
-    while near and len(tree) < nodes:
-        path = max(near, key=near.get)
-        p = near.pop(path)
-        tree.append(path)
-        if len(path) < len(right):
-            near |= {(*path, i): p * q for i, q in enumerate(right[len(path)])}
-    return tree
-
-
 # --------------------------------------------------------------------------------------------------
 # Folders
 

@@ -230,6 +230,13 @@ def named_weights(module):
     return weights
 
 
+def trained_weights(module, vocabulary):
+    """{name: tensor} of a trained module, in bfloat16, and of the tokens that it drafts (or None).
+    """
+    tensors = {name: weight.detach().bfloat16() for name, weight in named_weights(module).items()}
+    return tensors if vocabulary is None else tensors | {"vocabulary": vocabulary.int()}
+
+
 def load_weights(module, tensors, source):
     """Fill `module` from {name: (shape, function that reads the tensor)}, one tensor at a time.
 
