@@ -370,16 +370,6 @@ class Llama(nn.Module):
         return self.logits(x)
 
 
-def build(cls, config, device, dtype):
-    """A module without weights: shapes first, then memory on `device` that is not initialised."""
-    with torch.device("meta"):
-        module = cls(config).to(dtype)
-    module = module.to_empty(device=device).requires_grad_(False)
-    if isinstance(module, Llama):
-        module.tie()  # moving off the meta device gave each name memory of its own
-    return module
-
-
 # --------------------------------------------------------------------------------------------------
 # Sampling
 

@@ -25,11 +25,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import compare, run_theirs, write_model_bin
+from drafters.adapters import load_adapter
 from kangaroo import STEPS, THRESHOLD, Adapter, KangarooDrafter
-from llama import KVCache, Llama, LlamaConfig, build, inverse_frequencies
+from llama import KVCache, Llama, LlamaConfig, inverse_frequencies
 from support.checkpoint import (
+    build,
     config_json,
-    load_adapter,
     load_llama,
     named_weights,
     read_json,

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kangaroo import WIDTH, NoDrafter, generate
-from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler, build
+from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler
 from support import command_line
 from support.chat import encode_chat
-from support.checkpoint import config_json, named_weights, read_json, write_json
+from support.checkpoint import build, config_json, named_weights, read_json, write_json
 from support.data import json_turns
 from support.decoder import Settings, timed
 from support.errors import UserError

@@ -56,8 +56,8 @@ from drafters.adapters import describe
 from drafters.chain import ChainDrafter
 from drafters.tree import TREE_WIDTH
 from kangaroo import STEPS, WIDTH, Adapter, generate
-from llama import Llama, LlamaConfig, Sampler, build
-from support.checkpoint import write_atomically
+from llama import Llama, LlamaConfig, Sampler
+from support.checkpoint import build, write_atomically
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
 from support.graphs import CudaRecorder, GraphedChain, direct_recorder, fuse_pointwise
 from support.packing import use_fast_norms

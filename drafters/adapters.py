@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from kangaroo import Adapter
-from llama import MLP, Linear, RMSNorm, Rows, build
+from llama import MLP, Linear, RMSNorm, Rows
 from support.checkpoint import (
+    build,
     is_constant,
     load_weights,
     named_weights,

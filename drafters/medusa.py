@@ -21,8 +21,9 @@ from pathlib import Path
 from drafters.adapters import PartialHead
 from drafters.method import Method, Part
 from kangaroo import Draft, NoDrafter
-from llama import Linear, build
+from llama import Linear
 from support.checkpoint import (
+    build,
     load_weights,
     pickle_entries,
     read_json,
@@ -174,9 +175,8 @@ def load_heads(folder, model):
     path, data, entries = heads_files(folder)
     refuse_misfit(folder, model.config, data, model)
     vocabulary, size = entries.pop("vocabulary", None), model.config.hidden_size
-    first = list(entries["0.0.linear.weight"][0]) if "0.0.linear.weight" in entries else []
-    require(first[-1:] in ([], [size]),
-            f"{path}: the heads have hidden_size = {first[-1:]}, the model [{size}]")
+    theirs = [*entries["0.0.linear.weight"][0]][-1] if "0.0.linear.weight" in entries else size
+    require(theirs == size, f"{path}: the heads have hidden_size = {theirs}, the model {size}")
     blocks = data["medusa_num_layers"]
     n = max(data["medusa_num_heads"], len({name.split(".")[0] for name in entries}))
     own = model.config.vocab_size if f"0.{blocks}.weight" in entries else 0

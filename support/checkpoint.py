@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from llama import Linear, Llama, LlamaConfig, build
+from llama import Linear, Llama, LlamaConfig
 from support.errors import UserError, require
 from support.packing import use_fast_norms
 
@@ -217,6 +217,16 @@ def config_json(config):
 
 # --------------------------------------------------------------------------------------------------
 # Weights
+
+def build(cls, config, device, dtype):
+    """A module without weights: shapes first, then memory on `device` that is not initialised."""
+    with torch.device("meta"):
+        module = cls(config).to(dtype)
+    module = module.to_empty(device=device).requires_grad_(False)
+    if isinstance(module, Llama):
+        module.tie()  # moving off the meta device gave each name memory of its own
+    return module
+
 
 def named_weights(module):
     """{Hugging Face's name: the parameter, or the rows of the stacked parameter, that it fills}."""

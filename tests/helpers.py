@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from drafters.rest import Datastore, suffix_order
-from drafters.tree import TreeDrafter
-from kangaroo import Adapter, KangarooDrafter
-from llama import KVCache, Llama, LlamaConfig, Sampler, build, pack
-from support.checkpoint import named_weights
-from support.datastore import joined
+from kangaroo import Adapter
+from llama import KVCache, Llama, LlamaConfig, Sampler
+from support.checkpoint import build, named_weights
+from support.datastore import join_documents
 from support.graphs import exact_kernels
+from support.packing import pack, use_fast_norms
 
 import pytest
 import torch
@@ -46,9 +46,12 @@ def examples(n):
     return settings(max_examples=n if PROFILE == "thorough" else max(6, n // 3))
 
 
-samplers = st.builds(Sampler, temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0,
-                                                           2.0]), top_k=st.sampled_from([0, 1, 4]),
-                     top_p=st.sampled_from([0.5, 0.95, 1.0]), seed=st.integers(0, 99))
+samplers = st.builds(
+    Sampler,
+    temperature=st.sampled_from([0.0, 0.0, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 4]),
+    top_p=st.sampled_from([0.5, 0.95, 1.0]),
+    seed=st.integers(0, 99))
 
 
 def random_weights(module, seed):
@@ -61,12 +64,12 @@ def random_weights(module, seed):
 
 
 def random_model(config=TINY, seed=0, dtype=torch.float32, device="cpu", packed_for=None):
-    """A random Llama; `packed_for` is the width that its weights are packed for, None leaves them
-    plain."""
+    """A random Llama; `packed_for` is the width that its weights are packed for, with the norms
+    that a loaded model has; None leaves all as llama.py defines it."""
     model = build(Llama, config, device, dtype)
     model.tie()
     random_weights(model, seed)
-    return pack(model, packed_for) if packed_for else model
+    return pack(use_fast_norms(model), packed_for) if packed_for else model
 
 
 def random_adapter(model, seed=0):
@@ -76,17 +79,9 @@ def random_adapter(model, seed=0):
         seed)
 
 
-def kangaroo_drafter(model, adapter, exit_layer, threshold, sampler, width, candidates=1):
-    """A chain's drafter, or with more candidates a tree's."""
-    if candidates == 1:
-        return KangarooDrafter(model, adapter, exit_layer, threshold, sampler, width)
-    return TreeDrafter(model, adapter, exit_layer, threshold, sampler, width, candidates)
-
-
 class PerfectAdapter:
     """The remaining layers of the target: it drafts what the target says, or with `sign` −1 what
     the target likes least."""
-    head = vocabulary = None
     source = "perfect"
 
     def __init__(self, model, exit_layer, sign=1):
@@ -107,7 +102,7 @@ class NoisyAdapter(PerfectAdapter):
 
 
 def datastore(documents):
-    tokens = joined(documents)
+    tokens = join_documents(documents)
     return Datastore(tokens, suffix_order(tokens))
 
 

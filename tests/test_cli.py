@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import kangaroo
+from drafters.method import Vanilla
 from drafters.tree import TREE_STEPS
 from support import command_line, decoder
 
@@ -308,8 +309,7 @@ def test_compare_adds_the_vanilla_run(decode, monkeypatch, drafter):
     monkeypatch.setattr(decoder, "generate",
                         lambda *args: drafters.append(type(args[1])) or generate(*args))
     result = decode("--compare", *drafter)
-    assert drafters[-1] is kangaroo.NoDrafter and (drafters[-2] is not kangaroo.NoDrafter
-                                                   or "none" in drafter)
+    assert drafters[-1] is Vanilla and (drafters[-2] is not Vanilla or "none" in drafter)
     added = {name: result.pop(name) for name in ("vanilla_ids", "vanilla_seconds", "identical")}
     assert facts(result) == facts(alone)
     assert added["identical"] is True and added["vanilla_ids"] == result["ids"] and added[
@@ -537,6 +537,7 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
                           ("--tree --steps 16", ["--steps", "--width 16"]),
                           ("--exit-layer -1", ["exit layer", "-1"]),
                           ("--exit-layer 4", ["exit layer 4", "4 layers"]),
+                          ("--drafter lookup --threshold 0", ["--threshold", "lookup", "steps"]),
                           ("--prompts absent", ["--prompt", "--prompts"]), ("--bogus", "--bogus"),
                           ("stray", "stray")])
 def test_bad_flags_are_refused(refused, args, words):

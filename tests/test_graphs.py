@@ -9,23 +9,29 @@ from functools import partial
 
 import llama
 from bench import common
+from drafters.adapters import PartialHead
 from drafters.lookup import PromptLookupDrafter
 from drafters.tree import TreeDrafter
 from kangaroo import KangarooDrafter, NoDrafter, generate
-from llama import KVCache, Sampler
+from llama import CHAIN_WIDTH, MLP, Attention, RMSNorm, Sampler
+from support import graphs as module
+from support.attention import CHUNK, LONG, attend, attend_by_group
 from support.decoder import load
 from support.graphs import (
+    CompiledRMSNorm,
     CudaRecorder,
     GraphedAdapter,
+    GraphedChain,
     GraphedLlama,
     GraphedSampler,
+    GraphedTree,
     Graphs,
     direct_recorder,
     exact_kernels,
     fuse_pointwise,
-    graph_drafter,
     no_collection,
 )
+from support.packing import FastRMSNorm, use_fast_norms
 
 import pytest
 import torch
@@ -35,7 +41,6 @@ from helpers import (
     PerfectAdapter,
     block,
     examples,
-    kangaroo_drafter,
     random_adapter,
     random_model,
     samplers,
@@ -76,21 +81,27 @@ class StandIn:
 ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1), "perfect": PerfectAdapter}
 
 
+def make_drafter(model, adapter, exit_layer, threshold, head=None, candidates=1):
+    """A chain's drafter, or with more candidates a tree's; of a graphed model one with graphs."""
+    chain, tree = KangarooDrafter, TreeDrafter
+    if isinstance(model, GraphedLlama):
+        chain, tree, adapter = GraphedChain, GraphedTree, GraphedAdapter(adapter, model)
+    if candidates == 1:
+        return chain(model, adapter, exit_layer, threshold, head)
+    return tree(model, adapter, exit_layer, threshold, head, candidates)
+
+
 def decode(model, kind, prompt, n, adapter=None, exit_layer=1, threshold=0.1, candidates=1,
-           **options):
+           head=None, width=8, **options):
     """(ids, the target's KV cache, the adapter's, drafts). A graphed model decodes with graphs,
     another without."""
-    graphed = isinstance(model, GraphedLlama)
     if kind == "kangaroo":
-        adapter = GraphedAdapter(adapter, model) if graphed else adapter
-        drafter = kangaroo_drafter(model, adapter, exit_layer, threshold, options["sampler"],
-                                   options["width"], candidates)
-        drafter = graph_drafter(drafter) if graphed else drafter
+        drafter = make_drafter(model, adapter, exit_layer, threshold, head, candidates)
     else:
         drafter = {"none": NoDrafter, "lookup": PromptLookupDrafter}[kind](model)
-    cache = model.new_cache(len(prompt) + n + 2 * options["width"])
-    if graphed:
-        options["sampler"] = GraphedSampler(options["sampler"], model, options["width"])
+    cache = model.new_cache(len(prompt) + n + 2 * width, width)
+    if isinstance(model, GraphedLlama):
+        options["sampler"] = GraphedSampler(options["sampler"], model, width)
     rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
     caches = cache, getattr(drafter, "adapter_cache", cache)
     rows = [c.rows[:, :, :, :cache.length].clone() for c in caches]
@@ -103,14 +114,20 @@ def assert_same(on, off):
         assert torch.equal(a, b)
 
 
-@given(seed=st.integers(0, 999), sampler=samplers, dtype=st.sampled_from(DTYPES),
-       exit_layer=st.integers(0, 3), data=st.data(), kind=st.sampled_from(
-           ["none", "lookup", "kangaroo",
-            "kangaroo"]), width=st.sampled_from([2, 4, 8, 12, 16]), adapter=st.sampled_from(
-                list(ADAPTERS)), packed=st.booleans(), threshold=st.sampled_from([0.0, 0.1, 0.6]))
+@given(
+    seed=st.integers(0, 999),
+    dtype=st.sampled_from(DTYPES),
+    packed=st.booleans(),
+    kind=st.sampled_from(["none", "lookup", "kangaroo", "kangaroo"]),
+    adapter=st.sampled_from(list(ADAPTERS)),
+    exit_layer=st.integers(0, 3),
+    threshold=st.sampled_from([0.0, 0.1, 0.6]),
+    width=st.sampled_from([2, 4, 8, 12, 16]),
+    sampler=samplers,
+    data=st.data())
 @examples(25)
-def test_graphs_on_is_graphs_off(seed, sampler, dtype, exit_layer, data, kind, width, adapter,
-                                 packed, threshold):
+def test_graphs_on_is_graphs_off(seed, dtype, packed, kind, adapter, exit_layer, threshold, width,
+                                 sampler, data):
     """Tokens, drafts and both caches, whole: one text after another through the same recordings,
     chains and trees mixed."""
     with block(16):
@@ -119,8 +136,7 @@ def test_graphs_on_is_graphs_off(seed, sampler, dtype, exit_layer, data, kind, w
         adapter = ADAPTERS[adapter](model, exit_layer)
         for n in (5, 30, 17):  # the second text needs more room than the first left, the third less
             prompt = [source.randrange(40) for _ in range(data.draw(st.integers(1, 20), "prompt"))]
-            candidates = data.draw(st.sampled_from([1, 3] if width > llama.CHAIN_WIDTH else [1]),
-                                   "K")
+            candidates = data.draw(st.sampled_from([1, 3] if width > CHAIN_WIDTH else [1]), "K")
             more = dict(adapter=adapter, exit_layer=exit_layer, threshold=threshold,
                         candidates=candidates)
             options = more | dict(sampler=sampler, steps=width - 1, width=width)
@@ -141,21 +157,20 @@ def test_one_recording_per_view_made_when_first_needed(width):
     with block(32):
         model, stand_in = random_model(), StandIn()
         graphed = GraphedLlama(model, (width,), stand_in)
-        graphed.room = 200
+        graphed.capacity = 200
         options = dict(sampler=Sampler(), width=width)
         assert not stand_in.functions
-        decode(graphed, "none", [1], 25 - width,
-               **options)  # steps start at positions 0 … 24 − width
+        decode(graphed, "none", [1], 25 - width, **options)  # steps start at 0 … 24 − width
         assert len(stand_in.functions) == 1
-        decode(graphed, "none", [1], 26 + 32 - width,
-               **options)  # and up to 57 − width: views of 32 and 64
+        # And up to 57 − width: views of 32 and 64.
+        decode(graphed, "none", [1], 26 + 32 - width, **options)
         assert [key[-2] for key in recordings(graphed)] == [32, 64]
         decode(graphed, "none", [2, 3], 30, **options)
         assert len(stand_in.functions) == 2 and stand_in.replays > 50
         decode(graphed, "lookup", [2, 3, 2, 3], 30, **options)  # its steps of several tokens
         assert len(stand_in.functions) <= 4
         adapter = random_adapter(model)
-        for candidates in (1, 3) if width > llama.CHAIN_WIDTH else (1, 1):
+        for candidates in (1, 3) if width > CHAIN_WIDTH else (1, 1):
             decode(graphed, "kangaroo", [1], 25, adapter, 1, 0.0, candidates, **options)
             assert {key[1:3] for key in recordings(graphed)} == {(0, 4), (0, 1), (1, 4)}
             assert len(recordings(graphed, "draft")) == len(
@@ -168,21 +183,21 @@ def test_memory_is_reused_until_it_is_too_small():
     with block(16):
         model, stand_in = random_model(), StandIn()
         graphed = GraphedLlama(model, (8,), stand_in)
-        cache = graphed.new_cache(40)
+        cache = graphed.new_cache(40, 8)
         rows, length = cache.rows, cache.length
         rows.fill_(torch.nan)
-        other = graphed.new_cache(40)  # while the first is in use: memory of its own
+        other = graphed.new_cache(40, 8)  # while the first is in use: memory of its own
         assert other.rows is not rows
         del cache, other
         gc.collect()
-        cache = graphed.new_cache(20)
+        cache = graphed.new_cache(20, 8)
         assert cache.rows is rows and cache.length == 32 < length and not rows.any()
-        graphed.step([1], 3, cache, 8, 0, 4)
+        graphed.step([1], 3, cache, 0, 4)
         assert len(recordings(graphed)) == 1
         del cache
         gc.collect()
-        graphed.room = 100
-        larger = graphed.new_cache(60)
+        graphed.capacity = 100
+        larger = graphed.new_cache(60, 8)
         assert larger.rows is not rows and larger.rows.shape[3] >= 100 and larger.length == 64
         assert not graphed.graphs.recordings  # all of them: see Graphs.forget
 
@@ -197,9 +212,7 @@ def test_two_texts_at_once(capsys):
         tokens[0] += a.tokens
         tokens[1] += b.tokens
     assert capsys.readouterr().err.count("without them") == 1
-    assert tokens == [[t
-                       for r in generate(model, NoDrafter(model), p, 20)
-                       for t in r.tokens]
+    assert tokens == [[t for r in generate(model, NoDrafter(model), p, 20) for t in r.tokens]
                       for p in ([1, 2], [3, 4, 5])]
 
 
@@ -228,7 +241,7 @@ def test_calls_outside_of_recordings():
     of a draft step, and, inside of recordings, of a layer."""
     model = random_model()
     graphed, adapter = GraphedLlama(model, (8,), in_silence), random_adapter(model)
-    graphed.room = 200
+    graphed.capacity = 200
 
     def calls(rounds):
         begin = next(rounds)
@@ -240,8 +253,8 @@ def test_calls_outside_of_recordings():
         return calls(generate(graphed, NoDrafter(graphed), [1, 2], 30))
 
     def kangaroo(steps):
-        drafter = KangarooDrafter(graphed, GraphedAdapter(adapter, graphed), 1, -1.0)
-        return calls(generate(graphed, graph_drafter(drafter), [1, 2], 30, steps))
+        drafter = make_drafter(graphed, adapter, 1, -1.0)
+        return calls(generate(graphed, drafter, [1, 2], 30, steps))
 
     vanilla(), kangaroo(7)  # record
     count, rounds, _ = vanilla()
@@ -252,7 +265,7 @@ def test_calls_outside_of_recordings():
     counts = []
     for layers in (1, 3):
         with torch.inference_mode(), Calls() as found:
-            model.step(torch.ones(1, 8, 32), 3, model.new_cache(64), 8, 0, layers)
+            model.step(torch.ones(1, 8, 32), 3, model.new_cache(64, 8), 0, layers)
         counts.append(found.count)
     assert counts[1] - counts[0] <= 2 * 26
 
@@ -266,7 +279,7 @@ def test_replays_of_a_draft_step(monkeypatch, width, replays, sampler):
     choice."""
     stand_in, steps, model = StandIn(), [], random_model()
     graphed, adapter = GraphedLlama(model, (width,), stand_in), random_adapter(model)
-    cls, name = (KangarooDrafter, "propose") if width == 8 else (TreeDrafter, "children")
+    cls, name = (GraphedChain, "propose") if width == 8 else (TreeDrafter, "children")
     step = getattr(cls, name)
     monkeypatch.setattr(cls, name, lambda *args: steps.append(1) or step(*args))
     options = dict(sampler=sampler, steps=5, width=width, candidates=1 if width == 8 else 3)
@@ -308,52 +321,75 @@ def test_static_buffers():
     stand_in = StandIn()
     graphs, x = Graphs(stand_in), torch.ones(3)
     first = graphs.run("double", lambda x: (2 * x,), x)[0]
-    second = graphs.run("double", lambda x: (0 * x,),
-                        5 * x)[0]  # the recording counts, not the function of the second call
-    assert first.tolist() == [2, 2, 2] and second.tolist() == [10, 10, 10
-                                                               ] and x.tolist() == [1, 1, 1]
+    # The recording counts, not the function of the second call.
+    second = graphs.run("double", lambda x: (0 * x,), 5 * x)[0]
+    assert (first.tolist(), second.tolist(), x.tolist()) == ([2] * 3, [10] * 3, [1] * 3)
     assert len(stand_in.functions) == 1 and stand_in.replays == 2
     static = graphs.recordings["double"][1][0]
     assert static is not x and not any(out.data_ptr() == y.data_ptr()
-                                       for out in stand_in.outputs[0]
-                                       for y in (first, second))
+                                       for out in stand_in.outputs[0] for y in (first, second))
 
 
 def test_padding_and_other_shapes():
     """A step is recorded at its padded shape whatever is live; a pass of other than `width` rows,
-    as prefill's, is not."""
+    as prefill's, is not, nor a step in a cache of another width or of another text."""
     model, stand_in = random_model(), StandIn()
     graphed = GraphedLlama(model, (8,), stand_in)
-    cache = graphed.new_cache(50)
+    cache = graphed.new_cache(50, 8)
     for live in (2, 3, 8):
         ids = list(range(live))
-        h, expected = (m.step(ids, 5, cache, 8, 0, 4) for m in (graphed, model))
+        h, expected = (m.step(ids, 5, cache, 0, 4) for m in (graphed, model))
         assert torch.equal(h, expected) and torch.equal(graphed.logits(h), model.logits(h))
     assert len(stand_in.functions) == 1
     graphed.run_layers(model.embed([1, 2, 3]), torch.arange(3), cache, 0, 4)
-    graphed.step(list(range(8)), 5, KVCache.zeros(TINY, 4, 64, cache.rows), 8, 0, 4)
-    graphed.step(list(range(8)), 5, cache, 9, 0, 4)
+    graphed.step(list(range(8)), 5, model.new_cache(64, 8), 0, 4)
+    del cache
+    wider = graphed.new_cache(50, 9)
+    assert graphed.knows(wider)
+    graphed.step(list(range(8)), 5, wider, 0, 4)
     graphed.logits(model.embed([1, 2, 3]))
     assert len(stand_in.functions) == 1
 
 
 def test_what_a_recording_depends_on_is_in_its_key():
-    """The sampler's settings, candidates and adapter are Python values inside `choose`: another
-    value, another recording. The seed is none: noise comes as a tensor."""
+    """The sampler's settings, candidates, adapter and head are Python values inside of a recording:
+    another value, another recording. The seed is none: noise comes as a tensor."""
     model, stand_in = random_model(), StandIn()
-    graphed = GraphedLlama(model, (16,), stand_in)
-    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    for number in (1, 2):
-        adapter = random_adapter(model, number)
-        adapter.draft_from(torch.arange(10 * number), model.lm_head)
+    graphed, x = GraphedLlama(model, (16,), stand_in), torch.randn(
+        2, 32, generator=torch.Generator().manual_seed(0))
+    adapter, found = random_adapter(model), set()
+    for head in (PartialHead(model.lm_head, torch.arange(10)), None):
         for settings in ((0.0,), (2.0,), (2.0, 9), (2.0, 0, 0.6)):
-            for candidates, seed in ((1, 0), (4, 0), (4, 1)):
-                sampler = Sampler(*settings, seed=seed)
-                drafter = kangaroo_drafter(graphed, adapter, 1, 0, sampler, 16, candidates)
-                plain = drafter.choose(x, 5, [1, 1])
-                assert torch.equal(graph_drafter(drafter).choose(x, 5, [1, 1]), plain)
-    # Of all numbers of open nodes at once. Chains not on their own: see draft_step.
-    assert len(stand_in.functions) == 2 * 4 * 14
+            for candidates, seed in ((2, 0), (4, 0), (4, 1)):
+                drawn = []
+                for m in (model, graphed):
+                    drafter = make_drafter(m, adapter, 1, 0, head, candidates)
+                    drafter.prefill([], m.new_cache(64, 16), Sampler(*settings, seed=seed))
+                    drawn.append(drafter.draw(x, 5, [1, 1]))
+                    del drafter
+                assert drawn[0] == drawn[1]
+                found.add(str(drawn[0]))
+    # Of all numbers of open nodes at once.
+    assert len(stand_in.functions) == 2 * 4 * 2 * 14 and len(found) > 16
+
+
+def test_what_a_draft_step_depends_on_is_in_its_key():
+    """As above, of chains, whose recording goes from a token to the next: texts with one adapter,
+    head or sampler after texts with another."""
+    model, stand_in = random_model(), StandIn()
+    graphed, texts = GraphedLlama(model, (8,), stand_in), 0
+    drafters = [(random_adapter(model, 1), PartialHead(model.lm_head, torch.arange(10))),
+                (random_adapter(model, 2), None)]
+    for _ in range(2):
+        for adapter, head in drafters:
+            for settings in ((0.0,), (2.0,), (2.0, 9), (2.0, 0, 0.6)):
+                for exit_layer, seed in ((1, 0), (1, 1), (2, 0)):
+                    options = dict(adapter=adapter, head=head, exit_layer=exit_layer, threshold=0.0,
+                                   sampler=Sampler(*settings, seed=seed), steps=3)
+                    assert_same(decode(graphed, "kangaroo", [1, 2], 7, **options),
+                                decode(model, "kangaroo", [1, 2], 7, **options))
+                    texts += 1
+    assert texts == 48 and len(recordings(graphed, "draft")) == 2 * 4 * 2
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8)], ids=["greedy", "sampled"])
@@ -366,8 +402,8 @@ def test_nothing_outlives_its_owner(width, sampler):
     try:
         model = random_model()
         graphed = GraphedLlama(model, (width,), StandIn())
-        decode(graphed, "kangaroo", [1, 2], 20, random_adapter(model), 1, 0.1,
-               1 if width == 8 else 3, sampler=sampler, steps=5, width=width)
+        decode(graphed, "kangaroo", [1, 2], 20, random_adapter(model),
+               candidates=1 if width == 8 else 3, sampler=sampler, steps=5, width=width)
         assert len(graphed.graphs.recordings) >= 3
         dead = [weakref.ref(thing) for thing in (graphed, graphed.graphs, model)]
         del graphed, model
@@ -386,7 +422,7 @@ def test_the_next_text_is_replayed_too(drafter, how, tmp_path):
     decoder = load(tmp_path / "model", device="cpu", dtype="float32",
                    width=16 if drafter == "tree" else 8)
     decoder.use_graphs(StandIn())
-    run = {"watched": lambda: decoder.generate([5, 6, 7], drafter, 9, drafting=lambda text: None),
+    run = {"watched": lambda: decoder.generate([5, 6, 7], drafter, 9, on_draft=lambda text: None),
            "timed": lambda: common.decode(decoder, [5, 6, 7], drafter, 9),
            "alone": lambda: decoder.generate([5, 6, 7], drafter, 9)}[how]
     gc.collect()
@@ -406,7 +442,7 @@ def test_nothing_recorded_survives_a_growing_cache():
     decode(graphed, "none", [1, 2], 5, sampler=Sampler(), steps=0, width=8)
     before = [weakref.ref(recording[0]) for recording in graphed.graphs.recordings.values()]
     assert len(before) == 1
-    graphed.new_cache(1000)
+    graphed.new_cache(1000, 8)
     graphed.graphs.record.functions.clear()  # the stand-in's own list
     gc.collect()
     assert not graphed.graphs.recordings and not any(ref() for ref in before)
@@ -426,52 +462,82 @@ def test_attention_by_group_is_attention():
     for heads, kv_heads in ((4, 4), (6, 2), (3, 1)):
         q, k, v = (torch.randn(1, n, h, 8, generator=generator).double()
                    for n, h in ((5, heads), (32, kv_heads), (32, kv_heads)))
-        mask = torch.where(torch.arange(32) > torch.arange(9, 14)[:, None], -torch.inf,
-                           0.0).double()
-        rows = llama.Rows(None, None, None, mask, None)
-        by_group = rows._replace(mask=mask.repeat(heads // kv_heads, 1))
-        assert torch.allclose(llama.attend_by_group(q, k, v, by_group), llama.attend(q, k, v, rows),
-                              atol=1e-12)
+        unseen = torch.arange(32) > torch.arange(9, 14)[:, None]
+        mask = torch.where(unseen, -torch.inf, 0.0).double()
+        many = mask.repeat(heads // kv_heads, 1)
+        assert torch.allclose(attend_by_group(q, k, v, many), attend(q, k, v, mask), atol=1e-12)
 
 
-@pytest.mark.parametrize("start", [llama.LONG - 1, llama.LONG - 3, llama.LONG + 100])
+@pytest.mark.parametrize("start", [LONG - 1, LONG - 3, LONG + 100])
 def test_attention_by_chunk_is_attention(start):
     """The GPU's attention over long views, up to rounding; also where a row stands before the last
     chunk, of which it sees nothing."""
     generator = torch.Generator().manual_seed(0)
     for heads, kv_heads in ((4, 4), (6, 2), (3, 1)):
         q, k, v = (torch.randn(1, n, h, 8, generator=generator).double() for n, h in (
-            (5, heads), (llama.LONG + llama.CHUNK, kv_heads), (llama.LONG + llama.CHUNK, kv_heads)))
+            (5, heads), (LONG + CHUNK, kv_heads), (LONG + CHUNK, kv_heads)))
         unseen = torch.arange(k.shape[1]) > torch.arange(start, start + 5)[:, None]
         mask = torch.zeros(unseen.shape).double().masked_fill(unseen, -torch.inf)
-        rows = llama.Rows(None, None, None, mask, None)
         many = mask.repeat(heads // kv_heads, 1)
-        many[:, -llama.CHUNK:][:, 0].clamp_(min=-30000)
-        assert torch.allclose(llama.attend_by_group(q, k, v, rows._replace(mask=many)),
-                              llama.attend(q, k, v, rows), atol=1e-12)
+        many[:, -CHUNK:][:, 0].clamp_(min=-30000)
+        assert torch.allclose(attend_by_group(q, k, v, many), attend(q, k, v, mask), atol=1e-12)
+
+
+HOOKS = {"rotate_and_write": Attention, "silu_and_multiply": MLP}
+
+
+def compiled(model):
+    """For each operation that may be fused whether a compiled one stands in all modules of a model
+    (None: in some)."""
+    found = {name: [hasattr(getattr(m, name), "_torchdynamo_orig_callable")
+                    for m in model.modules() if isinstance(m, kind)]
+             for name, kind in HOOKS.items()}
+    found["norm"] = [isinstance(m, CompiledRMSNorm) for m in model.modules()
+                     if isinstance(m, RMSNorm)]
+    return {name: flags[0] if len(set(flags)) == 1 else None for name, flags in found.items()}
+
+
+def two_steps(model):
+    """States of two steps of two widths, and the cache that they write."""
+    cache = model.new_cache(40, 8)
+    wide = llama.KVCache(cache.rows, cache.length, 16)
+    return [model.step([1, 2, 3], 0, cache, 0, 4), model.step([4], 3, wide, 0, 4), cache.rows]
 
 
 @pytest.mark.parametrize("fused_norm", [True, False])
 def test_compiled_pointwise_operations_are_the_same_functions(monkeypatch, fused_norm):
     """`fuse_pointwise` without a compiler behind it: the same states and cache at every shape, up
     to the rounding of another formula of the norm; twice is once."""
-    monkeypatch.setattr(llama, "FUSED_NORM", fused_norm)
-    model, found = random_model(), []
-    for compiled in (False, True, True):
-        if compiled:
-            for name in ("rotate_and_write", "silu_and_multiply", "rms_norm"):
-                monkeypatch.setattr(llama, name, getattr(llama, name))
-            fuse_pointwise(backend="eager")
-        cache = model.new_cache(40)
-        found.append([model.step([1, 2, 3], 0, cache, 8, 0, 4),
-                      model.step([4], 3, cache, 16, 0, 4), cache.rows])
-    for name in ("rotate_and_write", "silu_and_multiply", "rms_norm"):
-        compiled = hasattr(getattr(llama, name), "_torchdynamo_orig_callable")
-        assert compiled == (name != "rms_norm" or not fused_norm)
+    monkeypatch.setattr(module, "FUSED_NORM", fused_norm)
+    model, found = use_fast_norms(random_model()), []
+    for fuse in (False, True, True):
+        if fuse:
+            fuse_pointwise(model, backend="eager")
+        found.append(two_steps(model))
+    assert compiled(model) == {"rotate_and_write": True, "silu_and_multiply": True,
+                               "norm": not fused_norm}
     for before, after, again in zip(*found, strict=True):
         same = torch.equal if fused_norm else partial(torch.allclose, atol=1e-5)
         assert same(before, after)
         assert torch.equal(after, again)
+
+
+@pytest.mark.parametrize("fused_norm", [True, False])
+def test_compiling_one_model_leaves_all_others_alone(monkeypatch, fused_norm):
+    """Guards against a --compile that is in force for whatever the process does next: another
+    model, the functions of llama.py, modules that are made later."""
+    monkeypatch.setattr(module, "FUSED_NORM", fused_norm)
+    model, other = use_fast_norms(random_model()), use_fast_norms(random_model())
+    functions = llama.rotate_and_write, llama.silu_and_multiply, torch.nn.functional.rms_norm
+    before = two_steps(other)
+    fuse_pointwise(model, backend="eager")
+    assert (llama.rotate_and_write, llama.silu_and_multiply,
+            torch.nn.functional.rms_norm) == functions
+    assert any(compiled(model).values())
+    for untouched in (other, use_fast_norms(random_model())):
+        assert not any(compiled(untouched).values())
+        assert all(map(torch.equal, before, two_steps(untouched)))
+        assert {type(m) for m in untouched.modules() if isinstance(m, RMSNorm)} == {FastRMSNorm}
 
 
 @pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
@@ -492,14 +558,13 @@ def test_no_copy_from_pageable_memory(width, candidates):
                 ways.append(("tensor", args))
             return function(*args, **kwargs or {})
 
-    sampler = Sampler(0.7, 5, 0.9)
-    drafter = kangaroo_drafter(model, PerfectAdapter(model, 1), 1, 0.02, sampler, width, candidates)
+    drafter = make_drafter(model, PerfectAdapter(model, 1), 1, 0.02, candidates=candidates)
     model(torch.tensor([[1, 2]]))  # RoPE's frequencies go to the device once
     with Watch():
         rounds = list(generate(model, drafter, [1, 2, 3], 30, 5, Sampler(0.7, 5, 0.9), width=width))
     assert all(way == ("to", {"non_blocking": True}) for way in ways) and ways
-    assert any(r.path != list(range(1, 1 + len(r.path)))
-               for r in rounds) == (candidates > 1)  # `keep` had something to move
+    moved = any(r.path != list(range(1, 1 + len(r.path))) for r in rounds)
+    assert moved == (candidates > 1)  # `keep` had something to move
 
 
 def test_tf32_is_off_unless_asked_for():
@@ -574,20 +639,18 @@ def test_cuda_host_syncs(width, candidates):
     graphed, steps = GraphedLlama(model, (width,)), []
     options = dict(adapter=random_adapter(model), threshold=0.0, sampler=Sampler(0.7, 5, 0.9),
                    steps=5, width=width)
-    decode(graphed, "kangaroo", [1, 2, 3], 40, candidates=candidates,
-           **options)  # recording synchronises
-    drafter = kangaroo_drafter(graphed, GraphedAdapter(options["adapter"], graphed), 1, 0.0,
-                              options["sampler"], width, candidates)
+    # Recording synchronises.
+    decode(graphed, "kangaroo", [1, 2, 3], 40, candidates=candidates, **options)
+    drafter = make_drafter(graphed, options["adapter"], 1, 0.0, candidates=candidates)
     name = "children" if candidates > 1 else "propose"
     step = getattr(drafter, name)
     setattr(drafter, name, lambda *args: steps.append(1) or step(*args))
-    graph_drafter(drafter)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            rounds = list(
-                generate(graphed, drafter, [1, 2, 3], 40, 5, options["sampler"], width=width))
+            rounds = list(generate(graphed, drafter, [1, 2, 3], 40, 5, options["sampler"],
+                                   width=width))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchroniz" in str(w.message) for w in caught) == len(rounds) + len(steps)
@@ -598,7 +661,7 @@ def test_cuda_recordings_share_memory():
     """A recording more costs next to nothing in PyTorch's allocator."""
     model = random_model(replace(TINY, hidden_size=256), 0, torch.bfloat16, "cuda")
     graphed = GraphedLlama(model, (8,), CudaRecorder(torch.device("cuda")))
-    graphed.room = 900
+    graphed.capacity = 900
     decode(graphed, "none", [1], 40, sampler=Sampler(), width=8)
     before = torch.cuda.memory_allocated()
     decode(graphed, "none", [1], 800, sampler=Sampler(), width=8)

@@ -12,14 +12,8 @@ from drafters.lookup import PromptLookupDrafter
 from drafters.rest import RestDrafter
 from drafters.sps import SpsDrafter
 from kangaroo import Draft, KangarooDrafter, NoDrafter, generate
-from llama import (
-    KVCache,
-    Sampler,
-    generate_naive,
-    one_shape,
-    room_for_draft,
-    rows_are_alike,
-)
+from llama import KVCache, Sampler, generate_naive, one_shape
+from support.self_check import rows_are_alike
 
 import pytest
 import torch
@@ -57,37 +51,35 @@ ADAPTERS = {"random": lambda model, exit_layer: random_adapter(model, 1),
             "adversarial": lambda model, exit_layer: PerfectAdapter(model, exit_layer, -1)}
 
 
-def make_drafter(kind, model, exit_layer, threshold, sampler, width):
+def make_drafter(kind, model, exit_layer, threshold):
     if kind == "lookup":
         return PromptLookupDrafter(model)
     if kind.startswith("sps"):  # the small one has a padded vocabulary
         size, weight = model.config.vocab_size + 8, model.norm.weight
         small = copy.copy(model) if kind == "sps itself" else random_model(
             replace(TINY, num_hidden_layers=1, vocab_size=size), 1, weight.dtype, weight.device)
-        return SpsDrafter(model, small, threshold, sampler, width)
+        return SpsDrafter(model, small, threshold)
     if kind == "rest":
         source, size = random.Random(1), min(12, model.config.vocab_size)
         return RestDrafter(model, datastore([[source.randrange(size) for _ in range(9)]
-                                             for _ in range(40)]), width)
+                                             for _ in range(40)]))
     if kind == "any tokens":
         return RandomDrafter(model, 3)
-    return KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold, sampler,
-                           width)
+    return KangarooDrafter(model, ADAPTERS[kind](model, exit_layer), exit_layer, threshold)
 
 
 def decode(model, drafter, prompt, n, garbage=0.0, **options):
     """(ids, the logits that chose each of them, KV cache, rounds); the cache starts full of
     `garbage`."""
-    cache = KVCache.zeros(model.config, len(model.layers),
-                          len(prompt) + n + 2 * options["width"], model.norm.weight)
+    width = options.pop("width")
+    cache = model.new_cache(len(prompt) + n + 2 * width, width)
     cache.rows.fill_(garbage)
     seen, logits = [], type(model).logits
     model.logits = lambda h: seen.append(logits(model, h)) or seen[-1]
     rounds = list(generate(model, drafter, prompt, n, cache=cache, **options))
     del model.logits
-    rows = [
-        verified[0, [0, *r.path][:len(r.tokens)]] for verified, r in zip(seen, rounds, strict=True)
-    ]
+    rows = [verified[0, [0, *r.path][:len(r.tokens)]]
+            for verified, r in zip(seen, rounds, strict=True)]
     return sum((r.tokens for r in rounds), []), torch.cat(rows), cache, rounds
 
 
@@ -101,27 +93,44 @@ def assert_equal_bits(model, prompt, a, b):
 
 @st.composite
 def configs(draw):
-    kv_heads, group, head_dim = draw(st.sampled_from([1, 2,
-                                                      3])), draw(st.sampled_from([1, 2, 4])), draw(
-                                                          st.sampled_from([4, 16]))
-    return replace(TINY, num_key_value_heads=kv_heads, num_attention_heads=kv_heads * group,
-                   head_dim=head_dim, hidden_size=draw(st.sampled_from([16, 48, 160])),
-                   num_hidden_layers=draw(st.integers(1, 5)), vocab_size=draw(
-                       st.sampled_from([5, 40, 300])), tie_word_embeddings=draw(st.booleans()),
-                   rope_type="linear", rope_scaling=(draw(st.sampled_from([1.0, 4.0])),))
+    """Any shape of a small Llama: layers, heads and their groups, vocabulary, RoPE."""
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    group = draw(st.sampled_from([1, 2, 4]))
+    return replace(
+        TINY,
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * group,
+        head_dim=draw(st.sampled_from([4, 16])),
+        hidden_size=draw(st.sampled_from([16, 48, 160])),
+        num_hidden_layers=draw(st.integers(1, 5)),
+        vocab_size=draw(st.sampled_from([5, 40, 300])),
+        tie_word_embeddings=draw(st.booleans()),
+        rope_type="linear",
+        rope_scaling=(draw(st.sampled_from([1.0, 4.0])),))
+
+
+DRAFTERS = [*ADAPTERS, "lookup", "sps", "sps itself", "rest", "any tokens"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(config=configs(), seed=st.integers(0, 999), kind=st.sampled_from(
-    [*ADAPTERS, "lookup", "sps", "sps itself", "rest", "any tokens"]), sampler=samplers,
-       prompt_length=st.integers(1, 40), n=st.integers(1, 48),
-       width=st.sampled_from([2, 4, 8, 16]), data=st.data(),
-       threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5]), packed=st.booleans(), eos=st.sets(
-           st.integers(0, 39), max_size=2))
-def test_any_drafter_gives_the_bits_of_vanilla(device, dtype, config, seed, kind, sampler,
-                                               prompt_length, n, width, data, threshold, packed,
-                                               eos):
+@given(
+    config=configs(),
+    seed=st.integers(0, 999),
+    packed=st.booleans(),
+    kind=st.sampled_from(DRAFTERS),
+    threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.5]),
+    width=st.sampled_from([2, 4, 8, 16]),
+    sampler=samplers,
+    prompt_length=st.integers(1, 40),
+    n=st.integers(1, 48),
+    eos=st.sets(st.integers(0, 39), max_size=2),
+    data=st.data())
+def test_any_drafter_gives_the_bits_of_vanilla(
+        device, dtype, config, seed, packed,  # the model
+        kind, threshold, width,               # the drafter, and the rows of a step
+        sampler, prompt_length, n, eos,       # the text
+        data):
     """Guards everything: positions, rollback, catching up, one shape, one noise, EOS and length
     limits."""
     exit_layer = data.draw(st.integers(0, config.num_hidden_layers - 1), "exit layer")
@@ -131,7 +140,7 @@ def test_any_drafter_gives_the_bits_of_vanilla(device, dtype, config, seed, kind
         prompt = [random.Random(seed).randrange(config.vocab_size) for _ in range(prompt_length)]
         options = dict(steps=steps, sampler=sampler, eos=eos, width=width)
         vanilla = decode(model, NoDrafter(model), prompt, n, **options)
-        drafter = make_drafter(kind, model, exit_layer, threshold, sampler, width)
+        drafter = make_drafter(kind, model, exit_layer, threshold)
         drafted = decode(model, drafter, prompt, n, garbage=7e3, **options)
         assert_equal_bits(model, prompt, vanilla, drafted)
         assert all(max(r.draft.levels()) <= steps for r in drafted[3])
@@ -150,8 +159,7 @@ def test_a_wide_model_with_long_drafts(device, dtype, packed):
     prompt = [random.Random(5).randrange(2000) for _ in range(50)]
     vanilla = decode(model, NoDrafter(model), prompt, 40, width=8)
     for kind in ("perfect", "noisy", "any tokens"):
-        drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 40, steps=7,
-                         width=8)
+        drafted = decode(model, make_drafter(kind, model, 1, 0), prompt, 40, steps=7, width=8)
         assert_equal_bits(model, prompt, vanilla, drafted)
         assert any(r.accepted for r in drafted[3]) or kind == "any tokens"
 
@@ -165,10 +173,9 @@ def test_more_new_tokens_only_append(device, seed, kind, sampler, short, more):
     longer."""
     with block(16):
         model = random_model(TINY, seed, device=device)
-        runs = [
-            decode(model, make_drafter(kind, model, 1, 0.3, sampler, 8), [seed % 40], n,
-                   sampler=sampler, width=8) for n in (short, short + more)
-        ]
+        drafter = make_drafter(kind, model, 1, 0.3)  # one for both texts
+        runs = [decode(model, drafter, [seed % 40], n, sampler=sampler, width=8)
+                for n in (short, short + more)]
         assert runs[1][0][:short] == runs[0][0]
         assert torch.equal(runs[1][1][:short], runs[0][1])
 
@@ -193,13 +200,13 @@ def test_a_drafted_row_has_the_view_that_it_would_have_alone(start, width, live,
     """Shapes depend on the position, never on how many rows are live. Seen here even where a kernel
     forgives it."""
     with block(size):
-        cache = KVCache.zeros(TINY, 1, 1000, torch.zeros(()))
-        x = torch.zeros(1, 1 + min(live, room_for_draft(start, width, cache.rows.device)), 32)
-        together, _, view = one_shape(x, start, cache, width)
-        assert 0 <= view.length - (
-            start + width) < size  # attention costs the context so far, not the budget
+        cache = KVCache.zeros(replace(TINY, num_hidden_layers=1), 1000, width, torch.zeros(()))
+        x = torch.zeros(1, 1 + min(live, cache.room(start)), 32)
+        together, _, view = one_shape(x, start, cache)
+        # Attention costs the context so far, not the budget.
+        assert 0 <= view.length - (start + width) < size
         for i in range(x.shape[1]):
-            alone, _, view_alone = one_shape(x[:, i:i + 1], start + i, cache, width)
+            alone, _, view_alone = one_shape(x[:, i:i + 1], start + i, cache)
             assert view_alone.length == view.length and alone.shape == together.shape
 
 
@@ -210,7 +217,7 @@ def test_the_context_end_is_vanillas(limit, kind):
     model = random_model(replace(TINY, max_position_embeddings=limit))
     prompt = [1, 2, 3, 4, 5, 6, 7, 8]
     vanilla = decode(model, NoDrafter(model), prompt, 100, width=8)
-    drafted = decode(model, make_drafter(kind, model, 1, 0, Sampler(), 8), prompt, 100, width=8)
+    drafted = decode(model, make_drafter(kind, model, 1, 0), prompt, 100, width=8)
     assert len(vanilla[0]) == limit - len(prompt)
     assert_equal_bits(model, prompt, vanilla, drafted)
 
@@ -243,7 +250,7 @@ def test_prompts_of_any_length(kind, monkeypatch):
         for length in [*range(1, 20), *range(30, 35), *range(46, 51)]:
             prompt = [source.randrange(40) for _ in range(length)]
             vanilla = decode(model, NoDrafter(model), prompt, 4, width=8)
-            drafter = make_drafter(kind, model, 1, 0, Sampler(), 8)
+            drafter = make_drafter(kind, model, 1, 0)
             drafted = decode(model, drafter, prompt, 4, garbage=7e3, width=8)
             assert_equal_bits(model, prompt, vanilla, drafted)
             assert vanilla[0] == generate_naive(model, prompt, 4, Sampler())
@@ -258,7 +265,7 @@ def test_any_number_of_threads(threads):
     try:
         model = random_model(config, 5, packed_for=8)
         vanilla = decode(model, NoDrafter(model), [1, 2, 3], 40, width=8)
-        drafter = make_drafter("noisy", model, 1, 0, Sampler(), 8)
+        drafter = make_drafter("noisy", model, 1, 0)
         drafted = decode(model, drafter, [1, 2, 3], 40, steps=7, width=8)
         assert_equal_bits(model, [1, 2, 3], vanilla, drafted)
     finally:
@@ -281,8 +288,7 @@ def test_an_end_of_sequence_within_an_accepted_draft():
     model = random_model(TINY, 3)
     ids = decode(model, NoDrafter(model), [1], 8, width=8)[0]
     eos = ids[2]
-    rounds = decode(model, make_drafter("perfect", model, 1, 0, Sampler(), 8), [1], 8, width=8,
-                    eos={eos})[3]
+    rounds = decode(model, make_drafter("perfect", model, 1, 0), [1], 8, width=8, eos={eos})[3]
     n = ids.index(eos) + 1
     assert rounds[0].tokens == ids[:n] and rounds[0].accepted == n and len(rounds) == 1
     assert len(rounds[0].draft.tokens) > n

@@ -73,7 +73,7 @@ def test_every_draft_is_that_of_a_fresh_draft_model(device, seed, kind, sampler,
     with block(16):
         target = random_model(TINY, seed, torch.float64, device=device)
         small = DRAFT_MODELS[kind](target, seed + 1)
-        checked = CheckedDrafter(lambda: SpsDrafter(target, small, threshold, sampler, width))
+        checked = CheckedDrafter(lambda: SpsDrafter(target, small, threshold))
         prompt = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
         rounds = list(generate(target, checked, prompt, 30, min(steps, width - 1), sampler,
                                width=width))
@@ -83,13 +83,13 @@ def test_every_draft_is_that_of_a_fresh_draft_model(device, seed, kind, sampler,
 class NeverRejected(SpsDrafter):
     """Asks in every round what a draft model says that has read the text and nothing else."""
 
-    def prefill(self, ids, cache):
+    def prefill(self, ids, cache, sampler):
         self.prompt = ids
-        return super().prefill(ids, cache)
+        return super().prefill(ids, cache, sampler)
 
     def draft(self, ids, n_max, cache):
-        fresh = SpsDrafter(self.model, self.draft_model, self.threshold, self.sampler, self.width)
-        fresh.prefill(self.prompt, cache)
+        fresh = SpsDrafter(self.model, self.draft_model, self.threshold)
+        fresh.prefill(self.prompt, cache, self.sampler)
         draft, expected = (who.draft(ids, n_max, cache) for who in (super(), fresh))
         assert (draft.tokens, draft.confidence) == (expected.tokens, expected.confidence)
         read = [who.cache.rows[:, :, :, :fresh.seen] for who in (self, fresh)]
@@ -107,7 +107,7 @@ def test_a_draft_does_not_depend_on_what_was_rejected(device, dtype, seed, sampl
     config = replace(TINY, hidden_size=160, num_hidden_layers=2)
     with block(16):
         target = random_model(config, seed, dtype, device)
-        drafter = NeverRejected(target, perturbed(target, seed), 0, sampler, width)
+        drafter = NeverRejected(target, perturbed(target, seed), 0)
         list(generate(target, drafter, [1, seed % 40], 40, steps, sampler, width=width))
 
 
@@ -120,8 +120,8 @@ def test_the_target_as_its_own_draft_model(device, dtype, seed, n, steps, sample
     """N tokens in exactly ⌈N / (γ + 1)⌉ rounds: it has the target's bits, so the same choices."""
     target = random_model(TINY, seed, dtype, device)
     with block(64):
-        drafter = SpsDrafter(target, target, sampler=sampler, width=width)
-        rounds = list(generate(target, drafter, [seed % 40], n, steps, sampler, width=width))
+        rounds = list(generate(target, SpsDrafter(target, target), [seed % 40], n, steps, sampler,
+                               width=width))
     assert len(rounds) == ceil(n / (steps + 1))
     assert all(r.accepted == len(r.draft.tokens) for r in rounds)
 
@@ -153,10 +153,9 @@ def test_padded_vocabularies(sampler):
     """Padding is never drafted, and the choice is the target's in spite of it; ids that the draft
     model has not are read all the same."""
     target = random_model()
-    rounds = list(generate(target, SpsDrafter(target, resized(target, 48), sampler=sampler),
-                           [1, 2], 30, 4, sampler))
-    assert len(rounds) == 6
-    drafter = SpsDrafter(target, resized(target, 9), sampler=sampler)
+    drafter = SpsDrafter(target, resized(target, 48))
+    assert len(list(generate(target, drafter, [1, 2], 30, 4, sampler))) == 6
+    drafter = SpsDrafter(target, resized(target, 9))
     drafted = [token for r in generate(target, drafter, [39, 38], 30, 4, sampler)
                for token in r.draft.tokens]
     assert drafted and max(drafted) < 9
@@ -180,8 +179,7 @@ def test_a_draft_model_full_of_nan_is_an_error(temperature):
     target, small, sampler = random_model(), random_model(), Sampler(temperature)
     small.norm.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="draft model: what it drafts with is not finite"):
-        list(generate(target, SpsDrafter(target, small, sampler=sampler), [1, 2], 9,
-                      sampler=sampler))
+        list(generate(target, SpsDrafter(target, small), [1, 2], 9, sampler=sampler))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,7 +229,8 @@ def test_of_many_matches_some_from_all_over():
 def test_the_heaviest_continuations(width, nodes, tokens, parents):
     """By how many places go on so; a narrow step has the most frequent token at every turn."""
     store = datastore([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6], [1, 9, 7], [1, 9], [1]])
-    draft = RestDrafter(random_model(), store, width, nodes).draft([8, 1], 3, None)
+    target = random_model()
+    draft = RestDrafter(target, store, nodes).draft([8, 1], 3, target.new_cache(64, width))
     assert (draft.tokens, draft.parents) == (tokens, parents)
 
 
@@ -247,7 +246,7 @@ def test_a_datastore_that_holds_the_answer(device, seed, n, steps, width):
         options = dict(steps=steps, sampler=sampler, width=width)
         answer = [r.tokens[0] for r in generate(target, NoDrafter(target), prompt, n, **options)]
         store = datastore([[1, 2, 3], prompt + answer, answer[::-1]])
-        rounds = list(generate(target, RestDrafter(target, store, width), prompt, n, **options))
+        rounds = list(generate(target, RestDrafter(target, store), prompt, n, **options))
     assert [token for r in rounds for token in r.tokens] == answer
     assert len(rounds) == ceil(n / (steps + 1))
 
@@ -317,7 +316,8 @@ def test_the_python_interface(model, folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("line, words", [
-    ("sps", ["--drafter sps", "--draft-model"]), ("rest", ["--drafter rest", "--datastore"]),
+    ("sps", ["no draft model for ", "give --draft-model DIR"]),
+    ("rest", ["no datastore for ", "give --datastore FILE"]),
     ("lookup --draft-model {}/small", ["--draft-model", "--drafter sps"]),
     ("sps --draft-model {}/small --datastore x", ["--datastore x", "--drafter rest"]),
     ("sps --draft-model {}/absent", ["absent: no such folder", "--draft-model"]),

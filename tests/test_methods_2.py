@@ -6,14 +6,14 @@ import random
 from dataclasses import replace
 from math import ceil
 
-import train_adapter
+from drafters.adapters import PartialHead, load_adapter
 from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
-from drafters.medusa import TREE, Heads, MedusaDrafter, sparse_tree
+from drafters.medusa import TREE, Heads, MedusaDrafter, load_heads
 from kangaroo import NoDrafter, generate
-from llama import KVCache, Sampler, build
+from llama import Sampler
 from support import command_line
-from support.checkpoint import load_adapter, load_heads, load_llama, named_weights
-from support.decoder import load
+from support.checkpoint import build, load_llama, named_weights
+from support.decoder import Settings, load
 from support.errors import UserError
 from support.graphs import direct_recorder
 from support.replay import read_page
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from helpers import (
     DEVICES,
     DTYPES,
-    TEXT,
     TINY,
     block,
     config_json,
@@ -46,11 +45,11 @@ def random_heads(model, heads=3, own=False, seed=0, blocks=1):
     return random_weights(build(Heads, shape, weight.device, weight.dtype), seed)
 
 
-def make_drafter(kind, model, sampler, width, heads=None, window=WINDOW):
+def make_drafter(kind, model, width, heads=None):
     if kind == "lookahead":
-        return LookaheadDrafter(model, width, window=min(window, width // (NGRAM - 1)))
+        return LookaheadDrafter(model, min(WINDOW, width // (NGRAM - 1)))
     heads = heads or random_heads(model)
-    return MedusaDrafter(model, heads, sampler, width, TREE if kind == "medusa tree" else None)
+    return MedusaDrafter(model, heads, TREE if kind == "medusa tree" else None)
 
 
 KINDS = "lookahead", "medusa", "medusa tree"
@@ -81,8 +80,8 @@ def test_any_method_gives_the_bits_of_vanilla(kind, device, dtype, config, seed,
         prompt = [source.randrange(config.vocab_size) for _ in range(prompt_length)]
         options = dict(steps=steps, sampler=sampler, eos=eos, width=width)
         vanilla = decode(model, NoDrafter(model), prompt, n, **options)
-        drafted = decode(model, make_drafter(kind, model, sampler, width, heads), prompt, n,
-                         garbage=7e3, **options)
+        drafted = decode(model, make_drafter(kind, model, width, heads), prompt, n, garbage=7e3,
+                         **options)
         assert_equal_bits(model, prompt, vanilla, drafted)
         for r in drafted[3]:
             edges = list(zip(r.draft.parents, r.draft.tokens))
@@ -134,7 +133,7 @@ def test_lookahead_on_a_periodic_text(window, ngram, n):
     """A prompt of two periods fills the pool; then the window's longest path is right in every
     round: W + N − 3 tokens and the target's own. A pool keyed by the wrong token costs rounds."""
     model = rule(CIRCLE)
-    drafter = LookaheadDrafter(model, 16, window, ngram)
+    drafter = LookaheadDrafter(model, window, ngram)
     rounds = run(model, drafter, 2 * list(range(12)) + [0], n)
     assert len(rounds) == ceil(n / (window + ngram - 2))
 
@@ -144,7 +143,7 @@ def test_the_n_grams_of_the_pool_are_accepted(candidates):
     """A window of one column guesses nothing: what is accepted are the pool's n-grams, N − 1 tokens
     a round."""
     model = rule(CIRCLE)
-    drafter = LookaheadDrafter(model, 16, 1, 4, candidates)
+    drafter = LookaheadDrafter(model, 1, 4, candidates)
     drafter.guess = lambda ids, token: ids[-1]  # wrong
     rounds = run(model, drafter, 2 * list(range(12)) + [0], 40)
     assert len(rounds) == 10 and all(r.accepted == 3 for r in rounds[:-1])
@@ -173,7 +172,7 @@ def test_the_window_moves_by_the_accepted_length(window, ngram):
     and no guess stands where a word of the target's was. Guards against a window that moves by the
     drafted length, or by one."""
     model, checked, accepted = Clock().model, 0, set()
-    drafter = LookaheadDrafter(model, 16, window, ngram, 0)
+    drafter = LookaheadDrafter(model, window, ngram, 0)
     drafter.guess = lambda ids, token: 0  # the token of position 0, wrong everywhere else
     ids = [0]
     for r in generate(model, drafter, ids, 36, 15, width=16):
@@ -193,7 +192,7 @@ def test_columns_that_are_not_run_keep_their_place():
     """Near a block's edge and the end there is no room for the deep ones: they stay where they
     stand, and go on later."""
     model = Clock().model
-    drafter = LookaheadDrafter(model, 16, 6, 3, 0)
+    drafter = LookaheadDrafter(model, 6, 3, 0)
     drafter.guess = lambda ids, token: 0
     ids, seen = [0], 0
     with block(32):
@@ -207,10 +206,11 @@ def test_columns_that_are_not_run_keep_their_place():
 
 def test_the_pool_keeps_the_latest_n_grams():
     """At most G a token, the last learned first; one that comes again is not kept twice."""
-    drafter = LookaheadDrafter(random_model(), 16, 1, 3, 2)
-    drafter.prefill([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], None)
+    model = random_model()
+    drafter, cache = LookaheadDrafter(model, 1, 3, 2), model.new_cache(64, 16)
+    drafter.prefill([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], cache, Sampler())
     assert drafter.pool[1] == [[4, 5], [2, 3]]
-    draft = drafter.draft([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], 9, None)
+    draft = drafter.draft([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], 9, cache)
     paths = [p for p in zip(draft.parents, draft.tokens)]
     assert draft.child(0, 4) and draft.child(draft.child(0, 4), 5)
     assert paths.index((0, 2)) < paths.index((0, 4))  # the window's guess is the latest too
@@ -235,10 +235,10 @@ def test_heads_that_are_right_by_construction(tree, heads, n):
     position, or the state of another token, has nothing accepted."""
     model = rule([(5 * t + 3) % 16 for t in range(16)])
     found = perfect_heads(model, [(5 * t + 3) % 16 for t in range(16)], heads)
-    rounds = run(model, MedusaDrafter(model, found, None, 16, tree), [3, 2], n)
+    rounds = run(model, MedusaDrafter(model, found, tree), [3, 2], n)
     depth = min(heads, 3) if tree else heads
     assert len(rounds) == ceil(n / (depth + 1))
-    alone = run(model, MedusaDrafter(model, found, None, 16, tree), [2], n)
+    alone = run(model, MedusaDrafter(model, found, tree), [2], n)
     assert not alone[0].draft.tokens  # nothing has been run yet
     assert len(alone) == 1 + ceil((n - 1) / (depth + 1))
 
@@ -256,7 +256,7 @@ def test_heads_use_the_noise_of_the_position(tree, sampler):
     heads = random_heads(model)
     for head in heads.heads:
         head[0].linear.weight.data.zero_(), head[0].linear.bias.data.zero_()
-    rounds = run(model, MedusaDrafter(model, heads, sampler, 16, tree), [3, 2], 40, 15, sampler)
+    rounds = run(model, MedusaDrafter(model, heads, tree), [3, 2], 40, 15, sampler)
     assert len(rounds) == 10 and all(r.accepted == 3 for r in rounds[:-1])
 
 
@@ -274,15 +274,14 @@ def test_every_draft_is_that_of_a_fresh_drafter(kind, seed, sampler, prompt_leng
     model = random_model(TINY, seed, torch.float64)
     heads = random_heads(model, own=own, seed=seed)
     if vocabulary and not own:
-        heads.draft_from(torch.arange(0, 40, 3), model.lm_head)
+        heads.head = PartialHead(model.lm_head, torch.arange(0, 40, 3))
     ids = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
-    drafter, inner = make_drafter(kind, model, sampler, 16, heads), None
+    drafter, inner = make_drafter(kind, model, 16, heads), None
 
     def draft(ids, n_max, cache):
-        fresh = make_drafter(kind, model, sampler, 16, heads)
-        states = model.embed(ids[:-1])
-        empty = KVCache.zeros(TINY, 4, len(ids), states)
-        fresh.prefill(ids[:-1], empty)
+        fresh = make_drafter(kind, model, 16, heads)
+        empty = model.new_cache(len(ids), 16)
+        states = fresh.prefill(ids[:-1], empty, sampler)
         states = model.run_layers(states, torch.arange(len(ids) - 1), empty, 0, 4)
         fresh.observe(states, ids[1:], list(range(1, len(ids) - 1)))
         found, expected = inner(ids, n_max, cache), fresh.draft(ids, n_max, cache)
@@ -300,7 +299,7 @@ def test_every_draft_is_that_of_a_fresh_drafter(kind, seed, sampler, prompt_leng
 def test_host_syncs(kind, monkeypatch):
     """One a round, and for Medusa's heads one more: each more costs a GPU its queue."""
     model, sampler, syncs = random_model(), Sampler(0.7, 5, 0.9), []
-    drafter = make_drafter(kind, model, sampler, 16)
+    drafter = make_drafter(kind, model, 16)
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu",
                  "nonzero"):
         original = getattr(torch.Tensor, name)
@@ -309,16 +308,6 @@ def test_host_syncs(kind, monkeypatch):
     rounds = list(generate(model, drafter, [1, 2, 3, 2, 3], 30, 5, sampler, width=16))
     drafted = sum(bool(r.draft.tokens) for r in rounds)
     assert len(syncs) == len(rounds) + (drafted if kind != "lookahead" else 0)
-
-
-def test_a_tree_is_the_likeliest_paths():
-    """By the products of how often a choice was right; each path after the one that it goes on."""
-    tree = sparse_tree([[0.5, 0.3, 0.1], [0.4, 0.05], [0.9]], 6)
-    assert tree == [(0,), (1,), (0, 0), (0, 0, 0), (1, 0), (1, 0, 0)]
-    assert sparse_tree([[0.5]], 9) == [(0,)]
-    for i, path in enumerate(TREE):
-        assert len(path) == 1 or path[:-1] in TREE[:i]
-    assert len(set(TREE)) == len(TREE) == 15
 
 
 def test_heads_full_of_nan_are_an_error():
@@ -332,13 +321,23 @@ def test_heads_full_of_nan_are_an_error():
 
 
 @pytest.mark.parametrize("kwargs, words", [
-    ({"width": 8}, "--width 8: must be above 8"), ({"width": 9}, "must be at least 12"),
     ({"window": 0}, "window 0"), ({"ngram": 1}, "ngram 1"), ({"candidates": -1}, "-1")])
-def test_a_window_that_does_not_fit(kwargs, words):
+def test_a_window_that_cannot_be(kwargs, words):
     """Guards against a failed assertion in the middle of a text."""
     assert WINDOW * (NGRAM - 1) + CANDIDATES * (NGRAM - 1) == 16  # the rows of its width
     with pytest.raises(UserError, match=words):
         LookaheadDrafter(random_model(), **kwargs)
+
+
+@pytest.mark.parametrize("width, words", [
+    (8, "--width 8: must be above 8 for --drafter lookahead"), (9, "must be at least 12"),
+    (11, "--width 11: must be at least 12, the rows of a window of 6 columns of 2 tokens")])
+def test_a_window_that_does_not_fit(width, words):
+    """Before any text."""
+    settings = Settings(steps=5, window=WINDOW, ngram=NGRAM, candidates=CANDIDATES)
+    with pytest.raises(UserError, match=words):
+        LookaheadDrafter.check(settings, width)
+    LookaheadDrafter.check(settings, 12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,8 +408,9 @@ def test_our_own_form_has_a_vocabulary(tmp_path):
     save_file(tensors | {"vocabulary": torch.tensor([5, 9, 2], dtype=torch.int8)},
               tmp_path / "medusa_lm_head.safetensors")
     heads = load_heads(tmp_path, model)
-    assert heads.tree == [(0,), (1,), (1, 0)] and heads.vocabulary.tolist() == [5, 9, 2]
-    rounds = run(model, MedusaDrafter(model, heads, None, 16, heads.tree), [1, 2], 20)
+    assert heads.tree == [(0,), (1,), (1, 0)]
+    assert heads.head.vocabulary.tolist() == [5, 9, 2]
+    rounds = run(model, MedusaDrafter(model, heads, heads.tree), [1, 2], 20)
     assert {token for r in rounds for token in r.draft.tokens} <= {5, 9, 2}
     (tmp_path / "config.json").write_text('{"medusa_num_heads": 3, "target": "another"}')
     model.fingerprint = "this"
@@ -424,7 +424,7 @@ def test_our_own_form_has_a_vocabulary(tmp_path):
                          ids=lambda args: " ".join(map(str, args)) or "chain")
 def test_medusa_gives_vanilla_ids(cli, folder, tmp_path, form, args):
     """From flags to ids, and what is told of it."""
-    write_heads(tmp_path, load(folder, False, "cpu", "float32").model, form)
+    write_heads(tmp_path, load(folder, device="cpu", dtype="float32", adapter=False).model, form)
     args = ["--drafter", "medusa", "--adapter", tmp_path, "--compare", *args]
     status, out, err = cli("--json", *args)
     assert status == 0, err
@@ -439,7 +439,7 @@ def test_medusa_gives_vanilla_ids(cli, folder, tmp_path, form, args):
 
 def test_the_folder_medusa_is_the_default(cli, folder, tmp_path, monkeypatch):
     """As `adapter` is for Kangaroo."""
-    write_heads(folder / "medusa", load(folder, False, "cpu", "float32").model)
+    write_heads(folder / "medusa", load(folder, device="cpu", dtype="float32", adapter=False).model)
     try:
         assert "3 heads" in cli("--drafter", "medusa")[2]
     finally:
@@ -474,7 +474,7 @@ def refused(cli, words, *args):
     (["--drafter", "lookahead", "--width", 10], ["--width 10", "at least 12"]),
     (["--drafter", "lookahead", "--tree"], ["--tree", "lookahead"]),
     (["--drafter", "lookahead", "--nodes", 4], ["--nodes", "--tree"]),
-    (["--drafter", "medusa"], ["no Medusa heads", "--adapter"]),
+    (["--drafter", "medusa"], ["no Medusa heads for ", "give --adapter DIR"]),
     (["--drafter", "medusa-tree"], ["--drafter medusa-tree"]),
     (["--drafter", "medusa", "--adapter", "absent"], ["absent", "medusa_lm_head.pt"]),
     (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--width", 8], ["--width 8"]),
@@ -486,7 +486,7 @@ def refused(cli, words, *args):
                          ids=lambda value: " ".join(map(str, value)) if "--" in value[0] else None)
 def test_flags_that_do_not_fit(cli, folder, tmp_path, args, words):
     """One line that names the flag, before any output."""
-    write_heads(tmp_path, load(folder, False, "cpu", "float32").model)
+    write_heads(tmp_path, load(folder, device="cpu", dtype="float32", adapter=False).model)
     refused(cli, words, *(tmp_path if word == "HEADS" else word for word in args))
 
 
@@ -512,7 +512,7 @@ def change(path, **fields):
     (lambda f: torch.save({"0.0.linear.weight": 1}, f / "medusa_lm_head.pt"), ["more than"])])
 def test_heads_that_do_not_fit(cli, folder, tmp_path, damage, words):
     """One line that names the file and the field."""
-    write_heads(tmp_path, load(folder, False, "cpu", "float32").model)
+    write_heads(tmp_path, load(folder, device="cpu", dtype="float32", adapter=False).model)
     damage(tmp_path)
     refused(cli, words, "--drafter", "medusa", "--adapter", tmp_path)
 
@@ -529,7 +529,7 @@ class Malicious:
     lambda x, path: path.write_bytes(pickle.dumps(x)), torch.save], ids=["pickle", "torch"])
 def test_code_among_the_heads_does_not_run(cli, folder, tmp_path, save):
     """Heads come from strangers: weights and nothing else."""
-    write_heads(tmp_path, load(folder, False, "cpu", "float32").model)
+    write_heads(tmp_path, load(folder, device="cpu", dtype="float32", adapter=False).model)
     save({"0.0.linear.weight": Malicious(tmp_path / "ran")}, tmp_path / "medusa_lm_head.pt")
     refused(cli, ["medusa_lm_head.pt", "more than tensors"], "--drafter", "medusa", "--adapter",
             tmp_path)
@@ -544,100 +544,11 @@ def test_heads_are_no_adapter(tmp_path):
         load_adapter(tmp_path, model)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-
-def test_a_head_learns_what_the_target_says_later():
-    """Guards the shift: heads that are right by construction agree with the target at every
-    position that has one so far before it, and with their order turned round at none."""
-    model = rule(CIRCLE)
-    heads = perfect_heads(model, CIRCLE, 3)
-    target = train_adapter.MedusaTarget(model, 2)
-    target.draft_logits = lambda x: x  # these heads have projections of their own
-    learn = torch.ones(2, 20, dtype=torch.bool)
-    learn[0, :9] = False
-    states = target.states(torch.arange(40).view(2, 20) % 12, learn)
-    _, _, agreed, positions = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
-    assert agreed == positions == 3 * 11 + 19 + 18 + 17
-    assert target.tree(heads, [states], 3) == [(0,), (0, 0), (0, 0, 0)]
-    heads.heads = heads.heads[::-1]
-    _, _, agreed, _ = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
-    assert agreed == 11 + 18  # the middle one is where it was
-
-
-def test_the_tree_of_heads_that_err():
-    """Guards the shares that the tree is chosen by: where the first head's second choice is right
-    twice as often as its first, and the second head is never right, no node hangs deep."""
-    model = rule(CIRCLE)
-    target = train_adapter.MedusaTarget(model, 2)
-    heads = perfect_heads(model, CIRCLE, 2)
-    states = target.states(torch.arange(20)[None] % 12, torch.ones(1, 20, dtype=torch.bool))
-    best, asked = states[-1], []
-
-    def logits(x):  # of 19 positions for the first head, then of 18 for the second
-        asked.append(len(x))
-        out = torch.full((len(x), model.config.vocab_size), -1.0)
-        if len(x) == 19:
-            out[range(19), (best[1:] + 1) % 12] = 1.0
-            out[range(19), best[1:]] = 0.5
-            out[:6] = out[:6].where(out[:6] < 0, 1.5 - out[:6])  # the first six the other way round
-        else:
-            out[range(18), (best[2:] + 1) % 12] = 1.0
-            out[range(18), (best[2:] + 2) % 12] = 0.5
-        return out
-
-    target.draft_logits = logits
-    assert target.tree(heads, [states], 3, candidates=2)[:2] == [(1,), (0,)]
-    assert asked == [19, 18]
-
-
-def words(folder, tmp_path, *args):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {text}" for i in range(10)
-                                                   for text in TEXT))
-    return [str(word) for word in [
-        "--model", folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
-        "--architecture", "medusa", "--device", "cpu", "--dtype", "float32", "--max-length", 100,
-        "--batch-tokens", 400, "--batches", 2, "--window", 20, "--updates", 12, "--warmup", 2,
-        "--lr", 0.02, "--eval-prompts", 1, "--eval-documents", 4, "--save-every", 4, *args]]
-
-
-@pytest.mark.parametrize("vocabulary", [None, 90])
-def test_training_heads(folder, tmp_path, capfd, vocabulary):
-    """From text to a folder that the drafter reads: the loss falls, and going on from a checkpoint
-    gives the same heads."""
-    args = ["--vocabulary", vocabulary] if vocabulary else []
-    assert train_adapter.main(words(folder, tmp_path, *args)) == 0
-    assert "adapter medusa, 0.00 M parameters" in capfd.readouterr().err
-    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
-    loss = [row["loss"] for row in rows if "loss" in row]
-    assert loss[-1] < loss[0]
-    model = load_llama(folder)
-    heads = load_heads(tmp_path / "out", model)
-    assert len(heads.heads) == 3 and not heads.own
-    assert (heads.vocabulary is None) == (vocabulary is None)
-    facts = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert facts["architecture"] == "medusa" and facts["training"]["updates"] == 12
-    assert heads.tree == [tuple(path) for path in facts["medusa_choices"]] != list(TREE)
-    weights = (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes()
-    (tmp_path / "out" / "medusa_lm_head.safetensors").unlink()
-    assert train_adapter.main(words(folder, tmp_path, *args, "--resume")) == 0
-    assert (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes() == weights
-
-
-@pytest.mark.parametrize("args, word", [
-    (["--exit-layer", 1], "--exit-layer"), (["--init", "x"], "--init"), (["--heads", 0], "--heads"),
-    (["--architecture", "attention"], "--exit-layer: is needed")])
-def test_training_options_that_do_not_fit(folder, tmp_path, capfd, args, word):
-    """Guards against options that would do nothing."""
-    assert train_adapter.main(words(folder, tmp_path, *args)) == 2
-    assert word in capfd.readouterr().err
-
-
 @pytest.mark.parametrize("drafter", ["lookahead", "medusa", "medusa-tree"])
 def test_graphs_and_the_page_take_any_method(cli, folder, tmp_path, drafter):
     """Replayed steps give the same rounds; --trace records what it finds."""
     write_heads(tmp_path, load_llama(folder))
-    decoder = load(folder, False, "cpu", "float32", 16, heads=tmp_path)
+    decoder = load(folder, device="cpu", dtype="float32", width=16, adapter=False, heads=tmp_path)
     ids = decoder.encode("Once upon a time")
     plain = [r.tokens for r in decoder.rounds(ids, drafter, 24)]
     decoder.use_graphs(direct_recorder)

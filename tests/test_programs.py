@@ -38,36 +38,44 @@ def folder(tmp_path_factory):
 
 MODEL = "--model model --dtype float32 --device cpu "
 PROMPTS = MODEL + "--adapter model/adapter --new-tokens 4 --prompts "
-BOTH = [  # of bench/choose.py and bench/speed.py
-    (PROMPTS + "nowhere.txt", ["nowhere.txt", "No such file"]),
-    (PROMPTS + "bad.jsonl", "bad.jsonl:2"),
-    (PROMPTS + "turns.jsonl", "turns.jsonl:1"),
-    (PROMPTS + "half.jsonl", "half.jsonl:1"),
-    (PROMPTS + "empty.txt", ["empty.txt", "0 prompts"]),
-    (PROMPTS + "prompts.txt --skip 2", ["prompts.txt", "2 prompts", "--skip"]),
-    (PROMPTS + "binary.txt", ["binary.txt", "cannot be read"]),
-    (PROMPTS + "prompts.txt --each 0", "--each 0"),
-    (PROMPTS + "prompts.txt --new-tokens 0", "--new-tokens 0"),
-    (PROMPTS + "prompts.txt --skip 0 --temperature -1", "--temperature -1"),
-    (PROMPTS + "prompts.txt --model nowhere", ["nowhere", "--model"]),
-    (PROMPTS + "prompts.txt --adapter nowhere", "nowhere"),
-    (PROMPTS + "prompts.txt --tree --width 8", "--width 8"),
-    (PROMPTS + "prompts.txt --tree --width 999", "--width 999"),
-    (PROMPTS + "prompts.txt --dtype int8", "--dtype int8"),
-    (PROMPTS + "prompts.txt --colour", "--colour"),
-    ("--prompts prompts.txt", "--model")]
 ANSWERS = MODEL + "--out own.jsonl --data "
-BENCH = MODEL + "--out results.json --questions "
+ABLATE = MODEL + "--out results.json --questions "
+BENCH = MODEL + "--adapter model/adapter --new-tokens 4 --out results.json --questions "
+# Of both programs that read a file of prompts.
+BOTH = [(program, line + case, parts) for program, line in ((choose, PROMPTS), (spec_bench, BENCH))
+        for case, parts in (
+            ("nowhere.txt", ["nowhere.txt", "No such file"]),
+            ("bad.jsonl", "bad.jsonl:2"),
+            ("turns.jsonl", "turns.jsonl:1"),
+            ("half.jsonl", "half.jsonl:1"),
+            ("empty.txt", ["empty.txt", "0 prompts"]),
+            ("prompts.txt --skip 2", ["prompts.txt", "2 prompts", "--skip"]),
+            ("binary.txt", ["binary.txt", "cannot be read"]),
+            ("prompts.txt --new-tokens 0", "--new-tokens 0"),
+            ("prompts.txt --skip 0 --temperature -1", "--temperature -1"),
+            ("prompts.txt --model nowhere", ["nowhere", "--model"]),
+            ("prompts.txt --adapter nowhere", "nowhere"),
+            ("prompts.txt --dtype int8", "--dtype int8"),
+            ("prompts.txt --colour", "--colour"))]
 BESIDE = "--model model --prompts prompts.txt --python plain.txt "
-CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
+CASES = BOTH + [
+    (choose, PROMPTS + "prompts.txt --each 0", "--each 0"),
+    (choose, PROMPTS + "prompts.txt --tree --width 8", "--width 8"),
+    (choose, PROMPTS + "prompts.txt --tree --width 999", "--width 999"),
+    (choose, "--prompts prompts.txt", "--model"),
     (choose, MODEL + "--prompts prompts.txt", "--adapter"),
     (choose, PROMPTS + "prompts.txt --adapter random --write", "random"),
     (choose, PROMPTS + "prompts.txt --widths 4 1", "--widths 1"),
     (choose, PROMPTS + "prompts.txt --tree --widths 16", "--widths"),
-    (speed, MODEL + "--prompts prompts.txt", ["--prompts", "--adapter"]),
     (speed, MODEL + "--repeats 0", "--repeats 0"),
     (speed, MODEL + "--widths 8 0", "--widths 0"),
+    (speed, MODEL + "--new-tokens 0", "--new-tokens 0"),
     (speed, MODEL + "--new-tokens 5000", "--new-tokens 5000"),
+    (speed, MODEL + "--model nowhere", ["nowhere", "--model"]),
+    (speed, MODEL + "--adapter nowhere", "nowhere"),
+    (speed, MODEL + "--dtype int8", "--dtype int8"),
+    (speed, MODEL + "--colour", "--colour"),
+    (speed, "--new-tokens 4", "--model"),
     (order, "--prompts nowhere.txt", "nowhere.txt"),
     (order, "--model nowhere", "nowhere"),
     (order, "--new-tokens 0", "--new-tokens 0"),
@@ -84,15 +92,13 @@ CASES = [(program, *case) for program in (choose, speed) for case in BOTH] + [
     (rules, "--model model --adapter model/adapter --prompts prompts.txt --temperature 0",
      "--temperature 0"),
     (spec_bench, "--show done/checkpoint.pt", "checkpoint.pt"),
-    (spec_bench, BENCH + "bad.jsonl --adapter model/adapter", "bad.jsonl:2"),
     (spec_bench, "--show talk.json", "talk.json"),
-    (spec_bench, BENCH + "prompts.txt --adapter model/adapter --steps 99", "--steps 99"),
-    (spec_bench, BENCH + "prompts.txt --adapter model/adapter --colour", "--colour"),
-    (ablations, BENCH + "prompts.txt", "--data"),
-    (ablations, BENCH + "prompts.txt --data cut.json", "cut.json:1"),
-    (ablations, BENCH + "prompts.txt --data talk.json --tokens 0", "--tokens 0"),
-    (ablations, BENCH + "prompts.txt --data talk.json --limit 0", "--limit 0"),
-    (ablations, BENCH + "nowhere.txt --data talk.json --only nothing", "nowhere.txt"),
+    (spec_bench, BENCH + "prompts.txt --steps 99", "--steps 99"),
+    (ablations, ABLATE + "prompts.txt", "--data"),
+    (ablations, ABLATE + "prompts.txt --data cut.json", "cut.json:1"),
+    (ablations, ABLATE + "prompts.txt --data talk.json --tokens 0", "--tokens 0"),
+    (ablations, ABLATE + "prompts.txt --data talk.json --limit 0", "--limit 0"),
+    (ablations, ABLATE + "nowhere.txt --data talk.json --only nothing", "nowhere.txt"),
     (own_answers, ANSWERS + "nowhere.json", "nowhere.json"),
     (own_answers, ANSWERS + "cut.json", "cut.json:1"),
     (own_answers, ANSWERS + "half.jsonl --allow-truncated", "half.jsonl:1"),
@@ -144,8 +150,9 @@ def test_prompts_beyond_the_context_are_cut(folder, tmp_path, monkeypatch, capsy
     (tmp_path / "long.txt").write_text("Once upon a time " * 40)
     monkeypatch.chdir(tmp_path)
     assert status(choose, PROMPTS + "long.txt --skip 0") == 0
-    assert status(speed, PROMPTS + "long.txt --repeats 1") == 0
-    assert "1 of   1" in capsys.readouterr().out
+    assert "1 prompts" in capsys.readouterr().out
+    assert status(spec_bench, BENCH + "long.txt") == 2  # there a cut would be another question
+    assert "must have from 1 to 63 (max_position_embeddings 64)" in capsys.readouterr().err
 
 
 def test_choose_writes_what_it_found_best(folder, monkeypatch, capsys):

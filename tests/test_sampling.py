@@ -1,9 +1,10 @@
 """Sampling: the law, the noise, the filters, ties."""
+import copy
 from dataclasses import replace
 
 from drafters.lookup import PromptLookupDrafter
 from kangaroo import KangarooDrafter, NoDrafter, generate
-from llama import Sampler
+from llama import Sampler, gumbel_noise
 from support.errors import UserError
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_coupling_is_lossless_in_law(temperature, top_k, top_p):
     counts, accepted, n = torch.zeros(5, 5, dtype=torch.double), 0, 500
     for seed in range(n):
         sampler = Sampler(temperature, top_k, top_p, seed)
-        drafter = KangarooDrafter(model, adapter, 1, 0, sampler)
+        drafter = KangarooDrafter(model, adapter, 1, 0)
         rounds = list(generate(model, drafter, prompt, 2, sampler=sampler))
         a, b = (token for r in rounds for token in r.tokens)
         counts[a, b] += 1
@@ -83,12 +84,10 @@ def test_the_seed_alone_decides(device, seed, exit_layer, steps, threshold, temp
     never by call."""
     model, sampler = random_model(device=device), Sampler(temperature, seed=seed)
     drafters = (NoDrafter(model), PromptLookupDrafter(model),
-                KangarooDrafter(model, random_adapter(model), exit_layer, threshold, sampler),
-                KangarooDrafter(model, NoisyAdapter(model, exit_layer), exit_layer, threshold,
-                                sampler))
-    texts = [[
-        t for r in generate(model, drafter, [1, 2, 1, 2], 20, steps, sampler) for t in r.tokens
-    ] for drafter in drafters]
+                KangarooDrafter(model, random_adapter(model), exit_layer, threshold),
+                KangarooDrafter(model, NoisyAdapter(model, exit_layer), exit_layer, threshold))
+    texts = [[t for r in generate(model, drafter, [1, 2, 1, 2], 20, steps, sampler)
+              for t in r.tokens] for drafter in drafters]
     assert texts[1:] == texts[:-1]
 
 
@@ -109,8 +108,8 @@ def test_noise_is_a_function_of_seed_and_position(device):
         assert torch.equal(b.noise(t, 1000, torch.device(device)).cpu(), expected[t])
     gumbel = torch.cat([a.noise(t, 1000, torch.device("cpu")) for t in range(100)])
     assert gumbel.isfinite().all()
-    for x in (-1.0, 0.0, 1.0,
-              3.0):  # P(noise ≤ x) = exp(−exp(−x)); 100,000 draws: 6 sigma is below 0.01
+    # P(noise ≤ x) = exp(−exp(−x)); of 100,000 draws 6 sigma is below 0.01.
+    for x in (-1.0, 0.0, 1.0, 3.0):
         assert (gumbel <= x).double().mean().item() == pytest.approx(
             torch.tensor(-x).exp().neg().exp().item(), abs=0.01)
 
@@ -120,8 +119,40 @@ def test_noise_is_finite_at_both_ends(monkeypatch, u, value):
     """A uniform number that is 0, or that float32 rounds to 1: a token that could never, or would
     always, be drawn."""
     monkeypatch.setattr(torch, "rand", lambda n, **more: torch.full((n,), u, dtype=more["dtype"]))
-    noise = Sampler(1).noise(0, 3, torch.device("cpu"))
+    noise = gumbel_noise.__wrapped__(0, 0, 3, torch.device("cpu"))  # not to be kept
     assert noise.tolist() == pytest.approx([value] * 3, abs=0.1)
+
+
+def test_a_copy_with_another_seed_has_other_noise():
+    """A copy that shares a cache with its original would draw the original's text again."""
+    sampler, logits = Sampler(1, seed=7), torch.zeros(20, 50)
+    before = sampler.choose(logits, 3)
+    for how in (copy.copy, copy.deepcopy):
+        other = how(sampler)
+        assert torch.equal(other.choose(logits, 3), before)
+        other.seed = 8
+        assert torch.equal(other.choose(logits, 3), Sampler(1, seed=8).choose(logits, 3))
+        assert not torch.equal(other.choose(logits, 3), before)
+    assert torch.equal(sampler.choose(logits, 3), before)
+
+
+def test_the_noise_that_is_kept_is_bounded():
+    """A long text, another model, a sampler a text: memory for some positions, not for all."""
+    most = gumbel_noise.cache_info().maxsize
+    assert most and most <= 64
+    for vocab_size in (40, 50):
+        model = random_model(replace(TINY, vocab_size=vocab_size))
+        for seed in (0, 1):
+            drafter = KangarooDrafter(model, random_adapter(model), 1, 0)
+            rounds = list(generate(model, drafter, [1], 90, sampler=Sampler(1, seed=seed)))
+            assert sum(len(r.tokens) for r in rounds) == 90
+            assert gumbel_noise.cache_info().currsize <= most
+    # What a drafter asked for, the verification asks for again.
+    before = gumbel_noise.cache_info()
+    rounds = list(generate(model, drafter, [1], 90, sampler=Sampler(1, seed=2)))
+    after = gumbel_noise.cache_info()
+    assert after.misses - before.misses == 90  # a position each
+    assert after.hits - before.hits >= sum(len(r.draft.tokens) for r in rounds) > 90
 
 
 def test_an_excluded_token_is_never_chosen():
@@ -199,12 +230,13 @@ def test_top_p_keeps_what_it_should(logits, top_k, top_p, temperature):
     assert max(1, fewest) <= len(found) <= most and found == sorted(order[:len(found)])
 
 
-@pytest.mark.parametrize("arguments, flag", [((-1,), "--temperature"),
-                                             ((float("nan"),), "--temperature"),
-                                             ((float("inf"),), "--temperature"),
-                                             ((1, -1), "--top-k"), ((1, 0, 0.0), "--top-p"),
-                                             ((1, 0, 1.1), "--top-p"),
-                                             ((1, 0, float("nan")), "--top-p")])
-def test_impossible_settings_are_refused(arguments, flag):
-    with pytest.raises(UserError, match=flag):
+@pytest.mark.parametrize("arguments, message", [
+    ((-1,), "temperature -1: must be 0 (greedy) or from 1e-6 on"),
+    ((float("nan"),), "temperature nan: must be"), ((float("inf"),), "temperature inf: must be"),
+    ((1, -1), "top_k -1: must be at least 0"), ((1, 0, 0.0), "top_p 0.0: must be in (0, 1]"),
+    ((1, 0, 1.1), "top_p 1.1: must be"), ((1, 0, float("nan")), "top_p nan: must be")])
+def test_impossible_settings_are_refused(arguments, message):
+    """By the names of the arguments: who calls this has no flags."""
+    with pytest.raises(UserError) as error:
         Sampler(*arguments)
+    assert str(error.value).startswith(message)

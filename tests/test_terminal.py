@@ -146,21 +146,23 @@ def decoder(folder):
     return decoder
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", [cls.name for cls in DRAFTERS])
 def test_a_draft_is_told_before_it_is_verified(decoder, drafter):
     """Of every drafter: what was told last before a round is its draft, of a tree one path; the
     text stays the same. A chain that grows by tokens is told so."""
     told, rounds, options = [], [], dict(max_new_tokens=40, sampler=Sampler(5.0, seed=1))
     if drafter == "kangaroo":
         options["threshold"] = 0.0
-    alone = decoder.generate(PROMPT, drafter, **options)
-
-    def watch(round_):
-        rounds.append((round_, told[:]))
-        told.clear()
-
-    result = decoder.generate(PROMPT, drafter, **options, drafting=told.append, watch=watch)
-    assert result[0] == alone[0] and result[1]["ids"] == alone[1]["ids"]
+    text, alone = decoder.generate(PROMPT, drafter, **options)
+    pieces = []
+    for piece in decoder.stream(PROMPT, drafter, **options, on_draft=told.append):
+        if not rounds or piece.round is not rounds[-1][0]:
+            rounds.append((piece.round, told[:]))
+            told.clear()
+        assert not told  # between the pieces of a round nothing is drafted
+        pieces.append(piece)
+    assert "".join(piece.text for piece in pieces) == text
+    assert [token for round_, _ in rounds for token in round_.tokens] == alone["ids"]
     ids, grown = decoder.encode(PROMPT), 0
     for round_, texts in rounds:
         draft, path, node = round_.draft, [], 0
@@ -220,7 +222,8 @@ def decode_on_a_terminal(folder, columns, *args, **environment):
             patch.setenv(name, value) if value is not None else patch.delenv(name)
         pty = Pty(patch, columns)
         words = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--prompt", PROMPT,
-                 "--max-new-tokens", 40, "--temperature", 5, "--threshold", 0, *args]
+                 "--max-new-tokens", 40, "--temperature", 5, *args]
+        words += ["--threshold", 0] if "--drafter" not in args else []  # only Kangaroo has it
         try:
             status = command_line.main([str(word) for word in words])
         finally:

@@ -20,7 +20,6 @@ from helpers import write_adapter, write_model
 PROMPT = "Once </script><script>document.title = window.hacked = 1</script><!-- <b>upon & a time"
 # The noise that drafter and target share decides: many drafted tokens are accepted.
 CONFIDENT = ["--temperature", 5]
-OPTIONS = {"drafter": "kangaroo", "max_new_tokens": 40, "show": lambda text, drafted: None}
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +170,12 @@ def test_a_label_is_read_along_the_path(model):
     """Guards against a label read after the node before: a byte completes the character that its
     own path has begun."""
     decoder = load(model, device="cpu", width=16)
-    recorder = replay.Recorder(decoder, "a", decoder.encode("a"), OPTIONS | {"drafter": "tree"})
-    tokens = [3 + byte
-              for byte in (0xE2, 0xC4, 0x82, 0xA9, 0xAC)]  # the 256 bytes follow 3 special tokens
+    recorder = replay.Recorder(decoder, "a", decoder.encode("a"), "tree", 40, {})
+    # The 256 bytes follow 3 special tokens.
+    tokens = [3 + byte for byte in (0xE2, 0xC4, 0x82, 0xA9, 0xAC)]
     recorder.read = [1, 2, 2, 16]
-    labels = [
-        node["label"]
-        for node in recorder.nodes(kangaroo.Draft(tokens, None, [0.5] * 5, [0, 0, 1, 2, 3]))
-    ]
+    draft = kangaroo.Draft(tokens, None, [0.5] * 5, [0, 0, 1, 2, 3])
+    labels = [node["label"] for node in recorder.nodes(draft)]
     assert labels == [f"‹{tokens[0]}›", f"‹{tokens[1]}›", f"‹{tokens[2]}›", "ĩ", "€"]
 
 
@@ -224,20 +221,31 @@ def test_why_a_tree_stopped(run):
 
 
 def test_recording_changes_nothing(run, model, capfd):
-    """The same ids as without --trace, and no hook left behind."""
+    """The same ids as without --trace, the same pieces, and no hook left behind, whether a text
+    has come to its end or not."""
     _, result, page = run(*CONFIDENT)
-    command_line.main([
-        "--model",
-        str(model), "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "40", "--prompt",
-        PROMPT, "--json", *map(str, CONFIDENT)
-    ])
+    command_line.main(["--model", str(model), "--device", "cpu", "--dtype", "float32",
+                       "--max-new-tokens", "40", "--prompt", PROMPT, "--json",
+                       *map(str, CONFIDENT)])
     plain = json.loads(capfd.readouterr().out)
     assert plain | {"seconds": 0} == result | {"seconds": 0}
     decoder = load(model, device="cpu", dtype="float32")
-    replay.Recorder(decoder, PROMPT, decoder.encode(PROMPT), OPTIONS).decode()
-    assert not any(m._forward_pre_hooks
-                   for module in (decoder.model, decoder.adapter)
-                   for m in module.modules())
+
+    def hooks():
+        return [hook for module in (decoder.model, decoder.adapter) for m in module.modules()
+                for hook in m._forward_pre_hooks]
+
+    def watched():
+        recorder = replay.Recorder(decoder, PROMPT, decoder.encode(PROMPT), "kangaroo", 40, {})
+        return recorder.watch(decoder.stream(PROMPT, max_new_tokens=40))
+
+    pieces, alone = list(watched()), list(decoder.stream(PROMPT, max_new_tokens=40))
+    assert [piece[:3] for piece in pieces] == [piece[:3] for piece in alone] and not hooks()
+    broken_off = watched()
+    next(broken_off)
+    assert hooks()
+    broken_off.close()
+    assert not hooks()
 
 
 def test_a_prompt_cannot_leave_its_string(run):

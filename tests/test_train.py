@@ -18,15 +18,17 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import kangaroo
 import train_adapter
-from kangaroo import ADAPTERS, KangarooDrafter, generate
+from drafters.adapters import ADAPTERS, load_adapter, new_adapter
+from kangaroo import KangarooDrafter, generate
 from llama import KVCache
 from models import own_answers
-from support import command_line
+from support import command_line, processes
 from support.chat import CHAT_TEMPLATES, render_chat
-from support.checkpoint import load_adapter, load_llama, read_config
+from support.checkpoint import load_llama, read_config
 from support.data import (
     Windows,
     batches_of,
@@ -41,7 +43,7 @@ from support.data import (
 )
 from support.errors import UserError
 from support.tokenizer import Tokenizer
-from train_adapter import LOSSES, Target, new_adapter
+from train_adapter import LOSSES, Target
 
 import pytest
 import torch
@@ -335,7 +337,8 @@ def test_the_adapter_decodes_as_it_was_trained(architecture, strides):
     x = torch.randn(1, 150, TINY.hidden_size, generator=torch.Generator().manual_seed(6),
                     dtype=torch.float64)
     drafter = KangarooDrafter(random_model(), adapter, 1)
-    drafter.adapter_cache, drafter.states, drafter.seen = KVCache.zeros(TINY, 1, 200, x), x, 0
+    config = replace(TINY, num_hidden_layers=1)
+    drafter.adapter_cache, drafter.states, drafter.seen = KVCache.zeros(config, 200, 8, x), x, 0
     whole, end, i = adapter(x, torch.arange(150))[0], 0, 0
     while (end := end + strides[i % len(strides)]) <= 150:
         i += 1
@@ -596,7 +599,7 @@ def test_too_few_documents_to_hold_one_out(train, tmp_path):
 def test_a_window_of_too_few_batches_is_passed_over():
     """Guards a long run: it ends after hours, because the documents of one window are shorter than
     those of the others."""
-    args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0, workers=0)
+    args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0)
     documents = [6, 6, 2, 2]  # tokens; the two short ones share a batch
     stream = train_adapter.updates(documents, args, lambda n: ([1] * n, [True] * n),
                                    Namespace(states=lambda *_: 0))
@@ -620,16 +623,20 @@ def test_workers_encode_the_same_windows():
         list(islice(Windows(range(11), 2, 5, encode).numbered(0, 2), 9))
 
 
+class Ids(NamedTuple):
+    """The states of a batch, where only its ids matter."""
+    ids: torch.Tensor
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
     """Guards the time of several processes: the target's pass, by far the dearest part, made again
     by each process that meets a batch in a later pass. And what an update sees must not depend on
     their number."""
-    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0,
-                     workers=0)  # 2 groups, 3 left
+    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0)  # 2 groups, 3 left
     computed, updates = [], []
     for rank in range(ranks):
-        target = Namespace(states=lambda ids, _: computed.append(ids[0, 0].item()) or (ids,))
+        target = Namespace(states=lambda ids, _: computed.append(ids[0, 0].item()) or Ids(ids))
         stream = train_adapter.updates(range(11), args, lambda i: ([i] * 5, [True] * 5), target,
                                        rank=rank, ranks=ranks)
         updates.append([{s[0][0, 0].item() for s in next(stream)[1]} for _ in range(6)])
@@ -862,9 +869,10 @@ import datetime, sys, time
 import torch
 torch.set_num_threads(1)
 import train_adapter
-train_adapter.TIMEOUT = datetime.timedelta(seconds=3)
-evaluate = train_adapter.evaluate
-train_adapter.evaluate = lambda *args: time.sleep(5) or evaluate(*args)
+from support import processes
+processes.TIMEOUT = datetime.timedelta(seconds=3)
+evaluate = train_adapter.Training.evaluate
+train_adapter.Training.evaluate = lambda self: time.sleep(5) or evaluate(self)
 sys.exit(train_adapter.main(sys.argv[1:]))
 """
 
@@ -884,7 +892,7 @@ def test_it_saves_before_it_evaluates(train, tmp_path, monkeypatch):
     """Guards hours of training against an evaluation that fails."""
     def fail(*args):
         raise UserError("the evaluation fails")
-    monkeypatch.setattr(train_adapter, "evaluate", fail)
+    monkeypatch.setattr(train_adapter.Training, "evaluate", fail)
     status, err = train("--updates", 3, "--eval-every", 2, "--save-every", 2)
     assert status == 2 and err.endswith("the evaluation fails\n")
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 2
@@ -916,8 +924,8 @@ def test_all_processes_find_the_same_fault(train, monkeypatch, tmp_path, rank, a
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     for name in ("init_process_group", "new_group"):
-        monkeypatch.setattr(train_adapter.dist, name, lambda *args, **more: None)
-    monkeypatch.setattr(train_adapter, "DistributedDataParallel", lambda adapter: adapter)
+        monkeypatch.setattr(processes.dist, name, lambda *args, **more: None)
+    monkeypatch.setattr(processes, "DistributedDataParallel", lambda adapter: adapter)
     status, err = train(*args)
     assert status == 2 and err.splitlines()[-1].startswith(
         f"train_adapter.py: {part}: ") and "Traceback" not in err
@@ -1090,15 +1098,14 @@ def test_the_saved_adapter_is_the_trained_one(folder, adapter):
     goes by."""
     data = json.loads((adapter / "config.json").read_text())
     trained = torch.load(adapter / "checkpoint.pt", weights_only=True)["weights"]
-    loaded, facts = load_adapter(adapter, load_llama(folder / "model"))
+    loaded = load_adapter(adapter, load_llama(folder / "model"))
     for name, weight in trained.items():
         assert torch.equal(loaded.state_dict()[name], weight.bfloat16().float()), name
-    assert type(loaded) is ADAPTERS[data["architecture"]] and facts["exit_layer"] == 1
+    assert type(loaded) is ADAPTERS[data["architecture"]] and loaded.exit_layer == 1
     assert data["training"]["updates"] == 30 and data["chat_template"] == "zephyr"
-    if loaded.vocabulary is not None:
-        assert len(
-            loaded.vocabulary
-        ) == 60 and 2 in loaded.vocabulary and 0 < data["training"]["vocabulary_coverage"] <= 1
+    if loaded.head is not None:
+        assert len(loaded.head.vocabulary) == 60 and 2 in loaded.head.vocabulary
+        assert 0 < data["training"]["vocabulary_coverage"] <= 1
 
 
 def test_training_begins_from_another_adapter(folder, adapter, tmp_path):
@@ -1119,19 +1126,19 @@ def test_drafts_come_from_the_vocabulary(folder, tmp_path):
     of it, or not the likeliest."""
     assert train_adapter.main(words(folder, tmp_path, "--vocabulary", 60)) == 0
     model = load_llama(folder / "model")
-    adapter, _ = load_adapter(tmp_path, model)
-    vocabulary, drafted = adapter.vocabulary, 0
+    adapter = load_adapter(tmp_path, model)
+    head, vocabulary, drafted = adapter.head, adapter.head.vocabulary, 0
 
-    class Watched(KangarooDrafter):
-        def predict(self, x):
-            logits, sure = super().predict(x)
-            subset = model.lm_head(x)[:, vocabulary]
-            assert logits.shape == (1, 340) and logits.argmax() == vocabulary[subset.argmax()]
-            assert torch.allclose(sure, subset.softmax(-1).max(-1).values)
-            return logits, sure
+    def watched(x):
+        logits, subset = head(x), model.lm_head(x)[:, vocabulary]
+        assert logits.shape == (1, 340) and logits.argmax() == vocabulary[subset.argmax()]
+        assert torch.equal(logits.isfinite().nonzero()[:, 1], vocabulary)
+        assert torch.allclose(logits.softmax(-1).max(), subset.softmax(-1).max())
+        return logits
 
     for prompt in ([1, 5, 9], [1, 300, 7, 320]):
-        for round_ in generate(model, Watched(model, adapter, 1, threshold=0), prompt, 40):
+        for round_ in generate(
+                model, KangarooDrafter(model, adapter, 1, 0, watched), prompt, 40):
             drafted += len(round_.draft.tokens)
             assert set(round_.draft.tokens) <= set(vocabulary.tolist())
     assert drafted > 50
@@ -1227,8 +1234,9 @@ def test_a_model_answers_by_itself(folder, tmp_path, capsys):
                           (["--vocabulary", 341], ["--vocabulary 341", "340"]),
                           (["--eval-documents", 0], "--eval-documents 0"),
                           (["--eval-prompts", -1], "--eval-prompts -1"), (["--lr", -1], "--lr -1"),
-                          (["--lr", "nan"], "--lr nan"), (["--clip", 0], "--clip 0"),
-                          (["--weight-decay", -1], "--weight-decay -1"),
+                          (["--lr", "nan"], "--lr nan"),
+                          (["--architecture", "medusa"], "train_medusa.py"),
+                          (["--learn", "text", "--loss", "hard"], "--loss hard"),
                           (["--chat", "alpaca"], ["--chat alpaca", "chatml"]),
                           (["--init", "nowhere"], "nowhere"), (["--dtype", "int8"], "--dtype int8"),
                           (["--device", "tpu"], "--device tpu"), (["--colour"], "--colour"),
@@ -1259,7 +1267,7 @@ def test_an_interruption_says_how_to_go_on(train, monkeypatch):
     """Guards Ctrl-C: a traceback."""
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(train_adapter.Training, "one_update", interrupt)
+    monkeypatch.setattr(train_adapter, "train_step", interrupt)
     status, err = train()
     assert status == 130 and "Traceback" not in err and err.endswith(
         "interrupted, --resume goes on from the last checkpoint\n")

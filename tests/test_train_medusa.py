@@ -1,0 +1,109 @@
+"""Training Medusa's heads: what each learns, the tree that is chosen, and a run from text to heads
+that decode."""
+import json
+
+from drafters import train_medusa
+from drafters.medusa import TREE, load_heads
+from drafters.train_medusa import sparse_tree
+from support.checkpoint import load_llama
+
+import pytest
+import torch
+from helpers import TEXT
+from test_methods_2 import CIRCLE, folder, perfect_heads, rule  # noqa: F401 — a fixture
+
+
+def test_a_tree_is_the_likeliest_paths():
+    """By the products of how often a choice was right; each path after the one that it goes on."""
+    tree = sparse_tree([[0.5, 0.3, 0.1], [0.4, 0.05], [0.9]], 6)
+    assert tree == [(0,), (1,), (0, 0), (0, 0, 0), (1, 0), (1, 0, 0)]
+    assert sparse_tree([[0.5]], 9) == [(0,)]
+    for i, path in enumerate(TREE):
+        assert len(path) == 1 or path[:-1] in TREE[:i]
+    assert len(set(TREE)) == len(TREE) == 15
+
+
+def test_a_head_learns_what_the_target_says_later():
+    """Guards the shift: heads that are right by construction agree with the target at every
+    position that has one so far before it, and with their order turned round at none."""
+    model = rule(CIRCLE)
+    heads = perfect_heads(model, CIRCLE, 3)
+    target = train_medusa.MedusaTarget(model, 2)
+    target.draft_logits = lambda x: x  # these heads have projections of their own
+    learn = torch.ones(2, 20, dtype=torch.bool)
+    learn[0, :9] = False
+    states = target.states(torch.arange(40).view(2, 20) % 12, learn)
+    _, _, agreed, positions = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    assert agreed == positions == 3 * 11 + 19 + 18 + 17
+    assert target.choose_tree(heads, [states], 3) == [(0,), (0, 0), (0, 0, 0)]
+    heads.heads = heads.heads[::-1]
+    _, _, agreed, _ = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    assert agreed == 11 + 18  # the middle one is where it was
+
+
+def test_the_tree_of_heads_that_err():
+    """Guards the shares that the tree is chosen by: where the first head's second choice is right
+    twice as often as its first, and the second head is never right, no node hangs deep."""
+    model = rule(CIRCLE)
+    target = train_medusa.MedusaTarget(model, 2)
+    heads = perfect_heads(model, CIRCLE, 2)
+    states = target.states(torch.arange(20)[None] % 12, torch.ones(1, 20, dtype=torch.bool))
+    best, asked = states.best, []
+
+    def logits(x):  # of 19 positions for the first head, then of 18 for the second
+        asked.append(len(x))
+        out = torch.full((len(x), model.config.vocab_size), -1.0)
+        if len(x) == 19:
+            out[range(19), (best[1:] + 1) % 12] = 1.0
+            out[range(19), best[1:]] = 0.5
+            out[:6] = out[:6].where(out[:6] < 0, 1.5 - out[:6])  # the first six the other way round
+        else:
+            out[range(18), (best[2:] + 1) % 12] = 1.0
+            out[range(18), (best[2:] + 2) % 12] = 0.5
+        return out
+
+    target.draft_logits = logits
+    assert target.choose_tree(heads, [states], 3, candidates=2)[:2] == [(1,), (0,)]
+    assert asked == [19, 18]
+
+
+def words(folder, tmp_path, *args):  # noqa: F811
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {text}" for i in range(10)
+                                                   for text in TEXT))
+    return [str(word) for word in [
+        "--model", folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
+        "--device", "cpu", "--dtype", "float32", "--max-length", 100,
+        "--batch-tokens", 400, "--batches", 2, "--window", 20, "--updates", 12, "--warmup", 2,
+        "--lr", 0.02, "--eval-prompts", 1, "--eval-documents", 4, "--save-every", 4, *args]]
+
+
+@pytest.mark.parametrize("vocabulary", [None, 90])
+def test_training_heads(folder, tmp_path, capfd, vocabulary):  # noqa: F811
+    """From text to a folder that the drafter reads: the loss falls, and going on from a checkpoint
+    gives the same heads."""
+    args = ["--vocabulary", vocabulary] if vocabulary else []
+    assert train_medusa.main(words(folder, tmp_path, *args)) == 0
+    assert "adapter medusa, 0.00 M parameters" in capfd.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").open()]
+    loss = [row["loss"] for row in rows if "loss" in row]
+    assert loss[-1] < loss[0]
+    model = load_llama(folder)
+    heads = load_heads(tmp_path / "out", model)
+    assert len(heads.heads) == 3 and not heads.own
+    assert (heads.head is None) == (vocabulary is None)
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert facts["architecture"] == "medusa" and facts["training"]["updates"] == 12
+    assert heads.tree == [tuple(path) for path in facts["medusa_choices"]] != list(TREE)
+    weights = (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes()
+    (tmp_path / "out" / "medusa_lm_head.safetensors").unlink()
+    assert train_medusa.main(words(folder, tmp_path, *args, "--resume")) == 0
+    assert (tmp_path / "out" / "medusa_lm_head.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--exit-layer", 1], "--exit-layer"), (["--init", "x"], "--init"), (["--heads", 0], "--heads"),
+    (["--architecture", "attention"], "--architecture"), (["--learn", "text"], "--learn")])
+def test_training_options_that_do_not_fit(folder, tmp_path, capfd, args, word):  # noqa: F811
+    """Guards against options that would do nothing."""
+    assert train_medusa.main(words(folder, tmp_path, *args)) == 2
+    assert word in capfd.readouterr().err
