@@ -47,8 +47,9 @@ from bench.common import (
 from bench.methods import Methods, add_flags, fastest_of, figures_of, names_of
 from drafters.tree import TREE_WIDTH
 from kangaroo import WIDTH
-from llama import CHAIN_WIDTH, Sampler
+from llama import CHAIN_WIDTH
 from support.checkpoint import read_json, write_json
+from support.command_line import make_sampler
 from support.decoder import Settings, drafter_named, load
 from support.errors import UserError
 from support.program import refuse_below_one, run_program
@@ -106,7 +107,8 @@ def measure(decoder, prompts, args):
 
     The seconds are those of a vanilla step, a draft step and a verification.
     """
-    sampler, grid, tables, times = Sampler(args.temperature, seed=2), settings_to_try(args), [], []
+    sampler = make_sampler(args.temperature, 0, 1.0, 2)
+    grid, tables, times = settings_to_try(args), [], []
     drafter = "tree" if args.tree else "kangaroo"
     for settings in {key(s)[0]: s for s in grid}.values():
         decoder.warm_up(prompts, args.new_tokens, [("none", None), (drafter, None)], sampler,

@@ -95,7 +95,7 @@ def asked_for(args, options):
     more = command_line.parse_arguments([
         "--prompt", "-", "--model", str(args.model), "--adapter", str(args.adapter),
         "--max-new-tokens", str(args.new_tokens), *options])
-    sampler = command_line.make_sampler(more, more.seed)
+    sampler = command_line.make_sampler(more.temperature, more.top_k, more.top_p, more.seed)
     decoder, settings = command_line.prepare(more)
     return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.common import decode, rotated
-from llama import Sampler
 from support import command_line
 from support.checkpoint import read_json, safetensors_entries
 from support.decoder import DRAFTERS, Settings, drafter_named, load, parts_needed, seed_of
@@ -158,7 +157,8 @@ class Methods:
         for turns in texts:
             said = [text for turn in turns for text in (turn, "")]
             prompts += [encode(turns[0]), encode(*said[:-1])]
-        most, sampler = max(map(len, texts)) * new_tokens, Sampler(o.temperature, o.top_k, o.top_p)
+        most, sampler = max(map(len, texts)) * new_tokens, command_line.make_sampler(
+            o.temperature, o.top_k, o.top_p)
         for method in self.methods.values():
             method.decoder.warm_up(prompts, most, [(method.drafter, None)], sampler,
                                    method.settings)
@@ -170,7 +170,8 @@ class Methods:
         follows vanilla's answer, at width 1, to the earlier one.
         """
         o, said, figures = self.options, [], []
-        sampler = Sampler(o.temperature, o.top_k, o.top_p, seed_of(o.seed, line - 1))
+        sampler = command_line.make_sampler(o.temperature, o.top_k, o.top_p,
+                                            seed_of(o.seed, line - 1))
         first = self.methods["vanilla, width 1"].decoder
         for turn in turns:
             said.append(turn)

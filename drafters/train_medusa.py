@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from drafters.medusa import Heads, MedusaDrafter
 from support.checkpoint import trained_weights, write_json, write_safetensors
+from support.errors import require
 from support.processes import run_among_others
 from support.program import refuse_below_one, run_program
 from support.training_options import EXACT, check, make_parser
@@ -93,6 +94,7 @@ class MedusaTraining(Training):
     exact = (*EXACT, "heads")
 
     def first_adapter(self):
+        require(self.processes.ranks == 1, "heads are trained in one process, without torchrun")
         return new_heads(self.args.heads, self.model), "medusa", None
 
     def make_target(self, vocabulary):

@@ -145,10 +145,10 @@ def attribute(flag):
     return flag.removeprefix("--").replace("-", "_")
 
 
-def make_sampler(args, seed):
-    """A Sampler; a UserError speaks of flags."""
+def make_sampler(*settings):
+    """A Sampler, whose UserError speaks of flags."""
     try:
-        return Sampler(args.temperature, args.top_k, args.top_p, seed)
+        return Sampler(*settings)
     except UserError as e:
         name, rest = str(e).split(" ", 1)
         raise UserError(f"--{name.replace('_', '-')} {rest}") from None
@@ -229,7 +229,8 @@ def texts_to_decode(args):
                         f"{len(prompts)}")
     if args.trace and args.samples > 1:
         raise UserError(f"--trace {args.trace}: replays one text, leave out --samples")
-    return [(prompt, sample, make_sampler(args, seed_of(args.seed, i, sample)))
+    return [(prompt, sample, make_sampler(args.temperature, args.top_k, args.top_p,
+                                          seed_of(args.seed, i, sample)))
             for i, prompt in enumerate(prompts) for sample in range(args.samples)]
 
 

@@ -93,12 +93,12 @@ def test_each_method_at_the_settings_that_were_chosen(model, questions, tmp_path
                  str(chosen)])
     settings = json.loads(chosen.read_text())
     assert settings.keys() == {"kangaroo", "tree", "lookup", "sps", "lookahead"}
-    assert all(found in choose.GRIDS[name] for name, found in settings.items())
+    assert all(found in choose.grid_of(name) for name, found in settings.items())
     settings |= {"sps": {"width": 4, "steps": 3}, "lookup": {"width": 3, "steps": 2}}
     chosen.write_text(json.dumps(settings))
     results = run_spec_bench(model, questions, out, "--methods", names, "--draft-model", str(model),
                              "--settings", str(chosen), "--limit", "1")
-    assert "rest is left out: --drafter rest: give --datastore FILE too" in capsys.readouterr().err
+    assert "rest is left out: no datastore for " in capsys.readouterr().err
     words = results["settings"]["methods"]
     assert words["sps"].endswith("γ 3, η 0, width 4") and words["lookup"] == "γ 2, width 3"
     figures = results["questions"][0]["turns"][0]

@@ -378,10 +378,10 @@ def test_what_a_draft_step_depends_on_is_in_its_key():
     head or sampler after texts with another."""
     model, stand_in = random_model(), StandIn()
     graphed, texts = GraphedLlama(model, (8,), stand_in), 0
-    drafters = [(random_adapter(model, 1), PartialHead(model.lm_head, torch.arange(10))),
-                (random_adapter(model, 2), None)]
+    few, adapters = PartialHead(model.lm_head, torch.arange(10)), [
+        random_adapter(model, seed) for seed in (1, 2)]
     for _ in range(2):
-        for adapter, head in drafters:
+        for adapter, head in ((adapters[0], few), (adapters[1], few), (adapters[1], None)):
             for settings in ((0.0,), (2.0,), (2.0, 9), (2.0, 0, 0.6)):
                 for exit_layer, seed in ((1, 0), (1, 1), (2, 0)):
                     options = dict(adapter=adapter, head=head, exit_layer=exit_layer, threshold=0.0,
@@ -389,7 +389,7 @@ def test_what_a_draft_step_depends_on_is_in_its_key():
                     assert_same(decode(graphed, "kangaroo", [1, 2], 7, **options),
                                 decode(model, "kangaroo", [1, 2], 7, **options))
                     texts += 1
-    assert texts == 48 and len(recordings(graphed, "draft")) == 2 * 4 * 2
+    assert texts == 72 and len(recordings(graphed, "draft")) == 3 * 4 * 2
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8)], ids=["greedy", "sampled"])
