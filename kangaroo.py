@@ -147,8 +147,9 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         choices, finite = torch.stack((choices, finite)).tolist()  # one host sync
         if not all(finite):
             raise NotFinite(ids + draft.tokens, dtype)
-        require(all(map(math.isfinite, draft.confidence)), f"{drafter.source}: what it drafts with "
-                f"is not finite: damaged weights, or too large for {dtype}")
+        if not all(map(math.isfinite, draft.confidence)):
+            raise UserError(f"{drafter.source}: what it drafts with is not finite: damaged "
+                            f"weights, or too large for {dtype}")
         # Accept: from the root down, the child that proposes what the target itself says. In a
         # chain that is the longest prefix of the draft that equals the target's choices.
         path, node = [], 0

@@ -447,10 +447,10 @@ class Sampler:
     def draw(self, logits, position, depth=None, k=1):
         """What a drafter proposes from the logits (T, V) of rows: of each up to k pairs of a token
         and how sure the drafter is, the likeliest first. Host syncs: one."""
-        return self.fetch(*self.candidates(logits, position, depth, k))
+        return self.fetch(self.candidates(logits, position, depth, k))
 
     def candidates(self, logits, position, depth=None, k=1):
-        """(T, k) ids and (T, k) float32, on the device, of at most V.
+        """What `draw` gives, on the device: (T, k, 2) float64, which holds an id exactly.
 
         The ids are those that come nearest to being chosen, the chosen one first, or −1 for what
         top-k and top-p exclude. The numbers are the k highest probabilities at this temperature.
@@ -458,16 +458,18 @@ class Sampler:
         probabilities = (logits.float() / (self.temperature or 1)).softmax(-1)
         if k == 1:
             tokens = self.choose(logits, position, depth)[:, None]
-            return tokens, probabilities.max(-1, keepdim=True).values
-        k = min(k, logits.shape[1])
-        best = self.perturbed(logits, position, depth).topk(k)
-        tokens = best.indices.masked_fill(best.values == -math.inf, -1)
-        return tokens, probabilities.topk(k).values
+            sure = probabilities.max(-1, keepdim=True).values
+        else:
+            k = min(k, logits.shape[1])
+            best = self.perturbed(logits, position, depth).topk(k)
+            tokens = best.indices.masked_fill(best.values == -math.inf, -1)
+            sure = probabilities.topk(k).values
+        return torch.stack((tokens.double(), sure.double()), -1)
 
-    def fetch(self, tokens, sure):
+    def fetch(self, candidates):
         """What `candidates` gives, as lists of pairs on the host."""
-        rows = torch.stack((tokens.double(), sure.double()), -1).tolist()
-        return [[(int(token), p) for token, p in row if token >= 0] for row in rows]
+        return [[(int(token), p) for token, p in row if token >= 0]
+                for row in candidates.tolist()]
 
 
 def largest(values, least, n):

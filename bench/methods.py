@@ -13,10 +13,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+import support.decoder
 from bench.common import decode, rotated
 from support import command_line
 from support.checkpoint import read_json, safetensors_entries
-from support.decoder import DRAFTERS, Settings, drafter_named, load, parts_needed, seed_of
+from support.decoder import Settings, drafter_named, load, parts_needed, seed_of
 from support.errors import UserError, require
 
 WEIGHTS = "*.safetensors", "*.bin", "medusa_lm_head.pt"  # and no checkpoint of a training
@@ -24,7 +25,7 @@ WEIGHTS = "*.safetensors", "*.bin", "medusa_lm_head.pt"  # and no checkpoint of 
 
 def drafting():
     """The names of all methods but vanilla decoding."""
-    return [cls.name for cls in DRAFTERS if cls.name != "none"]
+    return [cls.name for cls in support.decoder.DRAFTERS if cls.name != "none"]
 
 
 def add_flags(parser, default="kangaroo,lookup"):
@@ -48,7 +49,7 @@ def names_of(text):
 
 def read_settings(path):
     """{drafter: {"width": …, "steps": …, …}} of a file that choose.py has written."""
-    known = {name for cls in DRAFTERS for settings in cls.grid for name in settings}
+    known = {name for cls in support.decoder.DRAFTERS for settings in cls.grid for name in settings}
     data = read_json(path)
     for name, values in data.items():
         require(name in drafting() and isinstance(values, dict) and known >= values.keys(),

@@ -12,7 +12,7 @@ from support.packing import pack
 class ChainDrafter(Method, KangarooDrafter):
     """Kangaroo's chain."""
     name = "kangaroo"
-    part = Part("adapter", "adapter", "--adapter", "DIR", "its adapter's folder, or `random`",
+    part = Part("adapter", "adapter", "--adapter", "DIR", "an adapter's folder, or `random`",
                 "adapter", " (or `random`), or --drafter lookup or none")
     grid = [{"width": 2, "steps": 1, "threshold": 0.2}] + [  # no η ends a draft of one token
         {"width": width, "steps": width - 1, "threshold": threshold}

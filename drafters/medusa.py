@@ -80,7 +80,7 @@ class MedusaDrafter(Method, NoDrafter):
     """Drafts each head's first choice; with `tree`, its paths of choices, at most width − 1 nodes.
     """
     name = "medusa"
-    part = Part("heads", "Medusa heads", "--adapter", "DIR", "for medusa: its heads' folder",
+    part = Part("heads", "Medusa heads", "--adapter", "DIR", "medusa: heads",
                 "medusa")
     grid = [{"width": width, "steps": width - 1} for width in (2, 3, 4)]
 

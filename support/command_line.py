@@ -9,6 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import support.decoder
 from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
 from kangaroo import STEPS, THRESHOLD, WIDTH, Draft
 from llama import CHAIN_WIDTH, MAX_WIDTH, Sampler
@@ -16,7 +17,6 @@ from support.chat import CHAT_TEMPLATES
 from support.data import read_prompts
 from support.decoder import (
     DEFAULT_MODEL,
-    DRAFTERS,
     drafter_named,
     load,
     parts_needed,
@@ -38,9 +38,14 @@ def flags_of_parts():
             for flag in sorted({part.flag for part in parts})}
 
 
+def names_of_drafters():
+    """What --drafter takes: a tree is named by --tree besides."""
+    return [cls.name for cls in support.decoder.DRAFTERS if not cls.tree_of]
+
+
 def tree_forms():
     """{name of a drafter: name of what --tree makes of it}"""
-    return {cls.tree_of: cls.name for cls in DRAFTERS if cls.tree_of}
+    return {cls.tree_of: cls.name for cls in support.decoder.DRAFTERS if cls.tree_of}
 
 
 def make_parser():
@@ -53,10 +58,9 @@ def make_parser():
     option("--prompts", "FILE", "instead: a prompt a line, or JSONL with `prompt` or Spec-Bench's "
            "`turns`")
     option("--model", "DIR", "a Hugging Face folder (default: models/stories)")
-    option("--drafter", "NAME", ", ".join(cls.name for cls in DRAFTERS if not cls.tree_of),
-           "kangaroo")
+    option("--drafter", "NAME", ", ".join(names_of_drafters()), "kangaroo")
     for flag_name, (metavar, text) in flags_of_parts().items():
-        option(flag_name, metavar, f"{text} (default: in the model's folder)")
+        option(flag_name, metavar, f"{text} (default: the model's)")
     option("--max-new-tokens", "N", "stop after this many tokens", 128, type=int)
     option("--exit-layer", "ℓ", "layers that draft (default: the adapter's)", type=int)
     option("--steps", "γ", "the most tokens drafted in a round (default: the adapter's or "
@@ -102,7 +106,7 @@ def make_parser():
 
 def parse_arguments(argv):
     args = make_parser().parse_args(argv)
-    names, trees = [cls.name for cls in DRAFTERS if not cls.tree_of], tree_forms()
+    names, trees = names_of_drafters(), tree_forms()
     trace, tree, drafter = args.trace and Path(args.trace), args.tree, args.drafter
     require((args.prompt is None) != (args.prompts is None),
             "give one of --prompt TEXT and --prompts FILE (see --help)")
@@ -134,7 +138,8 @@ def parse_arguments(argv):
             "--nodes: is for a tree, give --tree too")
     for flag in flags_of_parts().keys() - {"--adapter"}:
         value = getattr(args, attribute(flag))
-        users = [other.name for other in DRAFTERS if other.part and other.part.flag == flag]
+        users = [other.name for other in support.decoder.DRAFTERS
+                 if other.part and other.part.flag == flag]
         require(value is None or args.drafter in users,
                 f"{flag} {value}: is for --drafter {' and '.join(users)}")
     return args

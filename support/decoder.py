@@ -63,7 +63,11 @@ def drafter_named(name):
 
 def parts_needed():
     """{name: the first class that needs it} of what drafters need beside the model."""
-    return {cls.part.name: cls for cls in reversed(DRAFTERS) if cls.part}
+    needed = {}
+    for cls in DRAFTERS:
+        if cls.part:
+            needed.setdefault(cls.part.name, cls)
+    return needed
 
 
 def pick_device_and_dtype(device=None, dtype=None, tf32=False):
@@ -310,6 +314,8 @@ class Decoder:
             require(sampler is None, "give a sampler or a temperature, not both")
             sampler = Sampler(temperature, top_k, top_p, seed)
         named = isinstance(drafter, str)
+        require(named or settings.keys() <= {"steps"}, f"{', '.join(settings)}: a drafter of one's "
+                "own has its settings already, but for steps")
         settings = self.settings(drafter if named else "none", **settings)
         if on_draft:
             drafter = self.drafter(drafter, settings) if named else drafter

@@ -208,7 +208,7 @@ class Graphs:
         if (*key, len(tensors[0])) not in self.recordings:
             for n in range(most, 0, -1):
                 self.run((*key, n), function, *(t.new_zeros(n, *t.shape[1:]) for t in tensors))
-        return self.run((*key, len(tensors[0])), function, *tensors)
+        return self.run((*key, len(tensors[0])), function, *tensors)[0]
 
     def static(self, number, tensor):
         """A copy of this input, in memory that recordings share, since they never run at once."""
@@ -416,7 +416,7 @@ class GraphedSampler(Sampler):
 
         positions = (position + i for i in depth or range(len(logits)))
         return self.model.graphs.run_rows(("sample", *settings_of(self)), recorded, self.width,
-                                          logits, *noise_of(self, positions, self.model))[0]
+                                          logits, *noise_of(self, positions, self.model))
 
 
 class GraphedChain(ChainDrafter):
@@ -443,16 +443,16 @@ class GraphedChain(ChainDrafter):
             rows = rows.index_select(1, torch.arange(1, 3, device=h.device) - late)
             x = adapter(*one_shape(rows, position - late, own))
             logits = head(x[0].index_select(0, late))
-            return h, *GivenNoise(bare, *noise).candidates(logits, 0)
+            return h, GivenNoise(bare, *noise).candidates(logits, 0)
 
         key = ("draft", id(adapter), id(head), *settings_of(sampler), depth, cache.width,
                *shallow.key, *own.key)
         before = max(0, position - 1)
-        h, *drafted = graphed.graphs.run(
+        h, candidates = graphed.graphs.run(
             key, recorded, pinned([token, position, late], graphed.device),
             self.states[:, before:before + 1], *noise_of(sampler, [position + 1], graphed))
         self.states[:, position], self.seen = h[:, 0], position + 1
-        [[drafted]] = sampler.fetch(*drafted)
+        [[drafted]] = sampler.fetch(candidates)
         return drafted
 
 
@@ -465,11 +465,11 @@ class GraphedTree(TreeDrafter):
         bare, most = GivenNoise(sampler), max(1, self.most - 1)
 
         def recorded(x, *noise):
-            return GivenNoise(bare, *noise).candidates(head(x), 0, k=k)
+            return (GivenNoise(bare, *noise).candidates(head(x), 0, k=k),)
 
         key = "draw", id(head), *settings_of(sampler), k
         noise = noise_of(sampler, (position + i for i in depth), model)
-        return sampler.fetch(*model.graphs.run_rows(key, recorded, most, x, *noise))
+        return sampler.fetch(model.graphs.run_rows(key, recorded, most, x, *noise))
 
 
 # The drafters that have a form for graphs. Others run with what their model and adapter replay.

@@ -13,9 +13,10 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+import support.decoder
 from kangaroo import KangarooDrafter
 from support.checkpoint import write_atomically
-from support.decoder import DRAFTERS, drafter_named
+from support.decoder import drafter_named
 
 TEMPLATE = Path(__file__).with_name("replay.html")
 HERE = "<!-- here replay.py puts the traces, as tables and as JSON -->"
@@ -179,7 +180,7 @@ def add_trace(path, trace):
                   if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
     except (OSError, ValueError, LookupError, TypeError):
         others = []
-    order = [cls.name for cls in DRAFTERS]
+    order = [cls.name for cls in support.decoder.DRAFTERS]
     traces = sorted([trace, *others], key=lambda trace: order.index(trace["drafter"]))
     write_atomically(path, page(traces).encode())
 

@@ -49,10 +49,10 @@ class WatchedSampler:
         return getattr(self.sampler, name)
 
     def draw(self, *arguments, **more):
-        return self.fetch(*self.sampler.candidates(*arguments, **more))
+        return self.fetch(self.sampler.candidates(*arguments, **more))
 
-    def fetch(self, tokens, sure):
-        rows = self.sampler.fetch(tokens, sure)
+    def fetch(self, candidates):
+        rows = self.sampler.fetch(candidates)
         if len(rows) == len(rows[0]) == 1:
             self.tokens.append(rows[0][0][0])
             self.saw(self.tokens)

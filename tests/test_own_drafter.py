@@ -166,7 +166,7 @@ def test_its_flags_in_the_help(toy, cli, capfd):
         cli("--help")
     out = " ".join(capfd.readouterr().out.split())
     assert "kangaroo, medusa, lookahead, lookup, sps, rest, none, toy (default: kangaroo)" in out
-    assert "--counts FILE which token follows which (default: in the model's folder)" in out
+    assert "--counts FILE which token follows which (default: the model's)" in out
 
 
 @pytest.mark.parametrize("args, words", [
