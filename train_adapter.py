@@ -10,26 +10,22 @@ window may be passed over several times (`--passes`), because on a CPU the targe
 times as slow as a step of the adapter.
 
 Nothing here can change what `kangaroo.py` decodes, only how fast. Output: adapter.safetensors,
-config.json and log.jsonl. Left out on purpose: training the target; options and their checks
-(`support/training_options.py`); several processes (`support/processes.py`); Medusa's heads
-(`drafters/train_medusa.py`). Read first `Target`, then `train_step`, then `Training`;
-docs/training.md says how to choose options, and what to do if few drafts are accepted.
+config.json and log.jsonl. Left out on purpose: training the target. In order: what is learned
+(`States`, `Target`), from which batches (`updates`), one step of it (`take_step`), what a new
+adapter begins with, and a whole run (`Training`). docs/training.md says how to choose options, and
+what to do if few drafts are accepted.
 """
-import contextlib
 import copy
 import math
-import os
 import random
 import sys
 import time
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from drafters.adapters import ADAPTERS, PartialHead, describe, load_adapter, new_adapter
 from kangaroo import STEPS, THRESHOLD, KangarooDrafter, generate
-from support.chat import find_chat_template
 from support.checkpoint import (
     config_json,
     load_llama,
@@ -37,28 +33,18 @@ from support.checkpoint import (
     write_json,
     write_safetensors,
 )
-from support.data import (
-    Windows,
-    batches_of,
-    digest,
-    encode,
-    every_token,
-    most_frequent,
-    prompt_of,
-    split,
-)
+from support.data import batches_of, digest
+from support.decoder import pick_device_and_dtype
 from support.errors import UserError, require
-from support.processes import Processes, run_among_others
+from support.processes import Processes, end_together
 from support.program import run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
-from support.tokenizer import Tokenizer
-from support.training_options import EXACT, parse_adapter_options, refuse_misfit
+from support.training_options import parse_adapter_arguments
+from support.training_text import Text
 
 import torch
 import torch.nn.functional as F
 
-BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.0  # of AdamW; so small a module needs no decay
-CLIP = 1.0  # the largest norm of a gradient: only that of the first updates is larger
 # Of p (n, V), the target's distribution, and log q, the adapter's -> (n,). Compared in
 # docs/training.md.
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
@@ -67,153 +53,236 @@ LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "hard": lambda p, log_q: F.nll_loss(log_q, p.argmax(-1), reduction="none")}
 
 
-# --------------------------------------------------------------------------------------------------
-# What is learned: the target's states, and the loss
-
-class States(NamedTuple):
-    """A batch behind the target's pass: B texts of T positions, n of which are to be learned."""
-    x: torch.Tensor         # (B, T, d) the exit layer's states, which the adapter gets
-    learn: torch.Tensor     # (B, T) bool: which n positions
-    y: torch.Tensor         # (n, d) normed last states: the LM head makes p of them
-    log_sums: torch.Tensor  # (n,) log Σ exp of the LM head's logits, float32
-    best: torch.Tensor      # (n,) the target's top-1 tokens
-
-
-class TextStates(NamedTuple):
-    """A batch where the text itself is learned: x and learn are as in `States`."""
-    x: torch.Tensor          # (B, T, d)
-    learn: torch.Tensor      # (B, T) bool
-    following: torch.Tensor  # (n,) the next token, by its number in the vocabulary
-
-
-class Target:
-    """The frozen model: its states at the exit layer, its final distribution, and the loss."""
-    CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once
-
-    def __init__(self, model, exit_layer, vocabulary=None):
-        self.chunk = self.CHUNK[model.norm.weight.device.type]
-        self.model, self.exit_layer, self.vocabulary = model, exit_layer, vocabulary
-        weight = model.lm_head.weight
-        self.head = weight if vocabulary is None else weight[vocabulary]
-
-    @torch.no_grad()
-    def states(self, ids, learn):
-        """One pass over ids (B, T), of which learn (B, T) bool are to be learned -> States."""
-        ids, learn = ids.to(self.head.device), learn.to(self.head.device)
-        x, positions = self.run_to_exit(ids), torch.arange(ids.shape[1], device=ids.device)
-        y = self.model.run_layers(x, positions, None, self.exit_layer, len(self.model.layers))
-        return States(x, learn, *self.final(y[learn]))
-
-    def run_to_exit(self, ids):
-        """ids (B, T) -> the states (B, T, d) at the exit layer."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.model.embed_tokens(ids)
-        return self.model.run_layers(x, positions, None, 0, self.exit_layer)
-
-    @torch.no_grad()
-    def final(self, y):
-        """The last layer's output (n, d) -> (y, log_sums, best) of `States`."""
-        y = self.model.norm(y)
-        log_sums, best = zip(*[(logits.float().logsumexp(-1), logits.max(-1).indices)
-                               for logits in map(self.model.lm_head, y.split(self.chunk))])
-        return y, torch.cat(log_sums), torch.cat(best)
-
-    def draft_logits(self, x):
-        """What the adapter's output (n, d) says: (n, V), V the vocabulary that is drafted."""
-        return F.linear(x.to(self.head.dtype), self.head)
-
-    def loss(self, adapter, states, kind, scale=None, autocast=torch.bfloat16):
-        """Sums over a batch: loss, acceptance Σ min(p, q), agreement of the top-1 tokens, n.
-
-        p is the target's distribution, q the adapter's, over `vocabulary` if there is one: p then
-        sums to less than 1. With `scale`, the gradients of scale × loss are added to the adapter's.
-        The logits of all positions at once would not fit into memory. So the loss runs in chunks on
-        a detached copy of the adapter's output, whose gradient then goes back through the adapter
-        in one piece.
-        """
-        x, learn, *learned = states
-        mixed = torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext()
-        with torch.set_grad_enabled(scale is not None):
-            with mixed:
-                out = adapter(x.float(), torch.arange(x.shape[1], device=x.device))[learn]
-            leaf = out.detach().requires_grad_(scale is not None)
-            sums = torch.zeros(4, dtype=torch.float64, device=x.device)
-            for chunk in zip(*(t.split(self.chunk) for t in (leaf, *learned))):
-                loss, figures = self.loss_of(*chunk, LOSSES[kind])
-                if scale is not None:
-                    (scale * loss).backward()
-                sums += figures
-            if scale is not None:
-                out.backward(leaf.grad)
-        return sums
-
-    def loss_of(self, x, y, log_sums, best, loss):
-        """(the loss, summed; the four sums of `loss`) at n positions, x (n, d) the adapter's."""
-        p = (F.linear(y.to(self.head.dtype), self.head).float() - log_sums[:, None]).exp()
-        log_q = self.draft_logits(x).float().log_softmax(-1)
-        total, top = loss(p, log_q).sum(), log_q.argmax(-1)
-        top = top if self.vocabulary is None else self.vocabulary[top]
-        return total, sums_of(total, overlap(p, log_q), top == best)
-
-
-class TextTarget(Target):
-    """The text as the target: all of p is on its next token, so only the first layers run."""
-
-    @torch.no_grad()
-    def states(self, ids, learn):
-        """The first layers over ids (B, T), of which learn (B, T) bool count -> TextStates."""
-        ids, learn = ids.to(self.head.device), learn.to(self.head.device)
-        following = ids.roll(-1, 1)[learn]
-        if self.vocabulary is not None:
-            following = torch.searchsorted(self.vocabulary, following)
-        return TextStates(self.run_to_exit(ids), learn, following)
-
-    def loss_of(self, x, following, loss):
-        """(−log q of the next token, summed; the four sums of `loss`): Σ min(p, q) is q."""
-        log_q = self.draft_logits(x).float().log_softmax(-1)
-        total = log_q.gather(1, following[:, None])[:, 0]
-        figures = sums_of(-total.sum(), total.exp(), log_q.argmax(-1) == following)
-        return -total.sum(), figures
-
-
-def sums_of(total, acceptance, agreement):
-    """The four sums of `Target.loss`, of a summed loss and of (n,) and (n,) bool."""
-    n = torch.ones_like(agreement, dtype=torch.long).sum()
-    return torch.stack((total.detach(), acceptance.detach().sum(), agreement.sum(), n))
-
-
-def figures_of(sums):
-    """What the log has of the sums of `Target.loss`: means by name."""
-    return dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
-
-
 def overlap(p, log_q):
     """Σ min(p, q): how often the usual sampling rule would accept; (n, V) -> (n,)."""
     return torch.minimum(p, log_q.exp()).sum(-1)
 
 
 # --------------------------------------------------------------------------------------------------
-# An update: what it learns from, and the step
+# What is learned
 
-def train_step(adapter, optimizer, target, batches, kind, tokens, processes, autocast):
-    """states -> adapter -> loss in chunks -> backward -> step; returns the sums of `Target.loss`.
+class Distribution(NamedTuple):
+    """What the whole model says at n positions: p = softmax(LM head × y).
 
-    batches: the States of this process; tokens: how many are learned in all processes together.
+    Its n × V numbers would not fit into memory, so they are made of these when they are needed.
     """
-    sums = 0
+    y: torch.Tensor         # (n, d) the final states, normed
+    log_sums: torch.Tensor  # (n,) log Σ exp of their logits, float32
+    best: torch.Tensor      # (n,) their top-1 tokens
+
+
+class NextTokens(NamedTuple):
+    """What the text says at n positions: all of p is on its next token."""
+    following: torch.Tensor  # (n,) that token, by its number in the vocabulary
+
+
+class States(NamedTuple):
+    """A batch of B documents, padded to T tokens, of which n positions are to be learned.
+
+    Where they are, learn (B, T) says; the goal has a row for each of these alone. For the tokens
+    of "a b c" with only c to be learned, x has rows for a, b and c, learn is true at b, and n is 1.
+    """
+    x: torch.Tensor                   # (B, T, d) the exit layer's states: what the adapter gets
+    learn: torch.Tensor               # (B, T) bool
+    goal: Distribution | NextTokens   # of n positions: what the adapter shall say
+
+
+class Target:
+    """The frozen model: a batch's states, and how near the adapter comes to what they say."""
+    CHUNK = {"cpu": 512, "cuda": 2048}  # positions whose logits exist at once
+
+    def __init__(self, model, exit_layer, vocabulary=None, loss="cross-entropy"):
+        self.chunk = self.CHUNK[model.norm.weight.device.type]
+        self.model, self.exit_layer, self.vocabulary = model, exit_layer, vocabulary
+        self.loss, weight = LOSSES[loss], model.lm_head.weight
+        self.head = weight if vocabulary is None else weight[vocabulary]
+
+    @torch.no_grad()
+    def states(self, ids, learn):
+        """One pass over ids (B, T), and learn (B, T) bool, which says of what -> their States."""
+        ids, learn = ids.to(self.head.device), learn.to(self.head.device)
+        x = self.run_layers(self.model.embed_tokens(ids), 0, self.exit_layer)
+        return States(x, learn, self.goal(x, ids, learn))
+
+    def run_layers(self, x, first, last):
+        positions = torch.arange(x.shape[1], device=x.device)
+        return self.model.run_layers(x, positions, None, first, last)
+
+    def goal(self, x, ids, learn):
+        """What the model says at the positions to be learned, from the exit layer's states x on."""
+        return self.distribution(
+            self.run_layers(x, self.exit_layer, len(self.model.layers))[learn])
+
+    @torch.no_grad()
+    def distribution(self, y):
+        """The last layer's output (n, d) -> the Distribution of these n positions."""
+        y = self.model.norm(y)
+        log_sums, best = zip(*[(logits.float().logsumexp(-1), logits.max(-1).indices)
+                               for logits in map(self.model.lm_head, y.split(self.chunk))])
+        return Distribution(y, torch.cat(log_sums), torch.cat(best))
+
+    def draft_logits(self, x):
+        """What the adapter's output (n, d) says; (n, V)."""
+        return F.linear(x.to(self.head.dtype), self.head)
+
+    def compare(self, x, goal):
+        """The adapter's output x (n, d) with the goal -> loss, acceptance, agreement, each (n,).
+
+        p is the target's distribution, q the adapter's, over `vocabulary` if there is one: p then
+        sums to less than 1. Acceptance is Σ min(p, q), agreement whether both have the same top-1
+        token.
+        """
+        logits = F.linear(goal.y.to(self.head.dtype), self.head).float()
+        p = (logits - goal.log_sums[:, None]).exp()
+        log_q = self.draft_logits(x).float().log_softmax(-1)
+        top = log_q.argmax(-1)
+        top = top if self.vocabulary is None else self.vocabulary[top]
+        return self.loss(p, log_q), overlap(p, log_q), top == goal.best
+
+
+class TextTarget(Target):
+    """The text in place of the model: the adapter learns its next token, from the exit layer's
+    states. So only the model's first layers run."""
+
+    def goal(self, x, ids, learn):
+        following = ids.roll(-1, 1)[learn]
+        if self.vocabulary is not None:
+            following = torch.searchsorted(self.vocabulary, following)
+        return NextTokens(following)
+
+    def compare(self, x, goal):
+        """The adapter's output x (n, d) with the text -> loss, acceptance, agreement, each (n,).
+
+        All of p is on the next token: cross-entropy is −log q of it, and Σ min(p, q) is its q.
+        """
+        log_q = self.draft_logits(x).float().log_softmax(-1)
+        said = log_q.gather(1, goal.following[:, None])[:, 0]
+        return -said, said.exp(), log_q.argmax(-1) == goal.following
+
+
+# --------------------------------------------------------------------------------------------------
+# From which batches
+
+def updates(windows, args, target, done=0, rank=0, ranks=1):
+    """Endless: (the place after it, this rank's States, tokens learned by all) of each update.
+
+    windows: (number, encoded documents) of each; of the first, `done` updates are past already. A
+    place is (window, updates of it that are past). Each update takes `args.batches` batches, dealt
+    to the ranks in turn: with any number of processes an update sees the same batches. All of it
+    follows from the seed and the place, which is what makes resuming exact.
+    """
+    keep = in_half if args.passes > 1 else lambda states: states
+    for window, examples in windows:
+        batches = batches_of(examples, args.batch_tokens)
+        # A later window that falls short is skipped.
+        require(window > 0 or len(batches) >= args.batches,
+                f"--window {args.window}: its documents fill {len(batches)} batches, --batches "
+                f"wants {args.batches}; lower that or --batch-tokens, or raise --window if there "
+                "are more documents")
+        order, states = order_of(len(batches), window, args), {}
+        for past, update in enumerate(order[done:], done + 1):
+            mine = update[rank::ranks]
+            for i in mine:
+                if i not in states:
+                    states[i] = keep(target.states(*batches[i]))
+            place = (window, past) if past < len(order) else (window + 1, 0)
+            tokens = sum(batches[i][1].sum().item() for i in update)
+            yield place, [states[i] for i in mine], tokens
+            if args.passes == 1:
+                states.clear()
+        done = 0
+
+
+def order_of(n, window, args):
+    """Which of a window's n batches each update takes, in all passes: lists of `args.batches`.
+
+    A batch keeps its column in all passes, so that one rank alone computes its states. With 5
+    batches, 2 an update and 2 passes, the columns are 0 2 4 and 1 3, and the updates are, say,
+    (2, 3) (0, 1) and then (4, 1) (2, 3): what is left over in one pass comes in another.
+    """
+    order = []
+    for k in range(args.passes):
+        shuffle = random.Random(f"{args.seed} {window} {k}").sample
+        columns = [range(i, n, args.batches) for i in range(args.batches)]
+        order += zip(*(shuffle(column, len(column)) for column in columns))
+    return order
+
+
+def in_half(states):
+    """The states as they are kept: float32 vectors in bfloat16, which is half as long."""
+    def halve(t):
+        return t.bfloat16() if t.dim() > 1 and t.dtype == torch.float32 else t
+    return States(halve(states.x), states.learn, type(states.goal)(*map(halve, states.goal)))
+
+
+# --------------------------------------------------------------------------------------------------
+# One step
+
+BETAS = 0.9, 0.95   # of AdamW; a longer memory adds nothing (docs/training.md)
+WEIGHT_DECAY = 0.0  # 0.1 adds nothing (docs/training.md)
+CLIP = 1.0          # the largest norm of a gradient: usual, for the first updates
+
+
+def take_step(parts, target, optimizer, autocast=None, processes=None):
+    """One step of the optimizer; returns the sums (4,) of `sums_of` over this process's positions.
+
+    parts: (adapter, States, scale) of each batch. A gradient is the sum of scale × loss over all
+    positions of all parts, so the scale of a mean is 1 ÷ the tokens of all processes.
+    """
     optimizer.zero_grad()
-    for i, states in enumerate(batches):
-        # The loss is a mean over the tokens of all processes. DDP divides gradients by their
-        # number, so they are scaled by it; and only the last batch of an update synchronises.
-        scale = processes.ranks / max(1, tokens)
-        with processes.without_sync(adapter, i + 1 < len(batches)):
-            sums += target.loss(adapter, states, kind, scale, autocast)
-    norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), CLIP)
-    require(norm.isfinite(),  # in all processes alike
+    sums = 0
+    for adapter, states, scale in parts:
+        out = run_adapter(adapter, states, autocast)
+        # The logits of all n positions would not fit into memory. So the loss runs in chunks, on a
+        # copy of the output that gathers their gradients. These go back through the adapter in one
+        # piece.
+        gathered = out.detach().requires_grad_()
+        for x, goal in chunks(gathered, states.goal, target.chunk):
+            loss, accepted, agreed = target.compare(x, goal)
+            (scale * loss.sum()).backward()
+            sums += sums_of(loss, accepted, agreed)
+        out.backward(gathered.grad)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if processes:
+        processes.sum_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    require(norm.isfinite(),  # the same in all processes
             f"--lr {optimizer.defaults['lr']}: the gradient is no longer finite; lower --lr or, if "
             "that does not help, give a --dtype that the target's values fit in")
     optimizer.step()
     return sums
+
+
+@torch.no_grad()
+def measure_batch(adapter, target, states, autocast=None):
+    """The sums (4,) of `sums_of` over the batch's positions; nothing is learned."""
+    out = run_adapter(adapter, states, autocast)
+    return sum(sums_of(*target.compare(x, goal))
+               for x, goal in chunks(out, states.goal, target.chunk))
+
+
+def run_adapter(adapter, states, autocast=None):
+    """What the adapter makes of the batch at its n positions to be learned, (n, d)."""
+    x, device = states.x, states.x.device
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        return adapter(x.float(), torch.arange(x.shape[1], device=device))[states.learn]
+
+
+def chunks(x, goal, size):
+    """x (n, d) and the goal of n positions, `size` positions at a time."""
+    for part, *rows in zip(*(t.split(size) for t in (x, *goal))):
+        yield part, type(goal)(*rows)
+
+
+def sums_of(loss, accepted, agreed):
+    """(4,) float64: the sums over n positions, and n."""
+    rows = loss, accepted, agreed, torch.ones_like(loss)
+    return torch.stack([row.detach().float().sum() for row in rows]).double()
+
+
+def means_of(sums):
+    """The figures of the log, by name, from the sums of `sums_of`."""
+    return dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
 
 
 def learning_rate(step, total, warmup):
@@ -223,47 +292,6 @@ def learning_rate(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def updates(documents, args, encode, target, place=(0, 0), rank=0, ranks=1, workers=0):
-    """Endless: (place after it, this rank's states, tokens learned by all) of each update.
-
-    Begins at `place` = (window, update). Each update takes `args.batches` batches, dealt to the
-    ranks in turn: with any number of processes an update sees the same batches. Which of them a
-    batch is in its update stays the same in all passes, so that one rank alone computes its states.
-    All of it follows from the seed and the place, which is what makes resuming exact.
-    """
-    windows = Windows(documents, args.window, args.seed, encode)
-    for window, examples in windows.numbered(place[0], workers):
-        batches = batches_of(examples, args.batch_tokens)
-        # Later windows that fall short are skipped.
-        require(window or len(batches) >= args.batches,
-                f"--window {args.window}: its documents fill {len(batches)} batches, --batches "
-                f"wants {args.batches}; lower that or --batch-tokens, or raise --window if there "
-                "are more documents")
-        order = []
-        for k in range(args.passes):
-            shuffle = random.Random(f"{args.seed} {window} {k}").sample
-            columns = [range(i, len(batches), args.batches) for i in range(args.batches)]
-            order += zip(*(shuffle(column, len(column)) for column in columns))
-        states = {}
-        for update in range(place[1] if window == place[0] else 0, len(order)):
-            mine = order[update][rank::ranks]
-            for i in mine:
-                if i not in states:
-                    found = target.states(*batches[i])
-                    states[i] = found if args.passes == 1 else in_half(found)
-            tokens = sum(batches[i][1].sum().item() for i in order[update])
-            after = (window, update + 1) if update + 1 < len(order) else (window + 1, 0)
-            yield after, [states[i] for i in mine], tokens
-            if args.passes == 1:
-                states.clear()
-
-
-def in_half(states):
-    """The states as they are kept: float32 vectors in bfloat16, which is half as long."""
-    return type(states)(*(t.bfloat16() if t.dim() > 1 and t.dtype == torch.float32 else t
-                          for t in states))
-
-
 # --------------------------------------------------------------------------------------------------
 # The adapter, as it decodes
 
@@ -271,52 +299,55 @@ def in_half(states):
 def for_decoding(adapter, target):
     """A copy of the adapter as `load_adapter` would give it."""
     copied = copy.deepcopy(adapter).to(target.head.dtype).requires_grad_(False)
-    head = target.vocabulary is not None and PartialHead(target.model.lm_head, target.vocabulary)
-    return describe(copied, "adapter", {}, target.exit_layer, head or None)
+    some = target.vocabulary is not None
+    head = PartialHead(target.model.lm_head, target.vocabulary) if some else None
+    return describe(copied, "what is trained", {}, target.exit_layer, head)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
+# A run
 
 class Training:
-    """One run, in one of several processes. `run` is the loop; __init__, read_text and begin
-    prepare it.
+    """One run, in one of several processes. `run` is the loop; __init__ and what it calls prepare
+    it, in that order; the rest reports, evaluates and saves.
 
-    What drafters/train_medusa.py does otherwise: first_adapter, make_target, make_drafter, save;
-    `exact`, the options that a resumed run must share; `architecture`, for messages.
+    What is trained in place of an adapter (Medusa's heads, in drafters/train_medusa.py) overrides
+    make_adapter, make_target, parts, make_drafter and save.
     """
-    exact = (*EXACT, "learn", "exit_layer", "loss")
+    # Options that a resumed run must share with the one that it goes on from.
+    EXACT = ("learn", "exit_layer", "vocabulary", "loss", "lr", "warmup", "updates", "batches",
+             "batch_tokens", "max_length", "window", "passes", "seed")
 
     def __init__(self, args):
-        self.args, self.processes = args, Processes(args.device, args.dtype)
-        self.loss = getattr(args, "loss", "cross-entropy")  # a name in LOSSES
-        device, dtype = self.processes.device, self.processes.dtype
-        forks = device.type == "cuda" and hasattr(os, "fork")
-        usual = min(4, os.cpu_count() or 1) if forks else 0
-        self.workers = usual if args.workers is None else args.workers  # processes that encode
+        self.args = args
+        device, dtype = pick_device_and_dtype(args.device, args.dtype)
+        self.processes, device = Processes.join(device)
+        self.first = self.processes.rank == 0  # it alone reports, evaluates and saves
         self.autocast = None if dtype == torch.float32 else torch.bfloat16
         self.model = load_llama(args.model, device, dtype)
-        refuse_misfit(args, self.model.config, self.processes.ranks)
         torch.manual_seed(args.seed)
-        self.adapter, self.architecture, self.begun_from = self.first_adapter()
-        self.read_text()
-        vocabulary, self.coverage = None, 1.0  # coverage: the share of the text that it can say
-        if args.vocabulary:
-            config = self.model.config
-            vocabulary, self.coverage = most_frequent(self.sample_examples(), args.vocabulary,
-                                                      config.vocab_size, config.eos_token_ids)
-            vocabulary = vocabulary.to(device)
-        self.target, self.teacher = self.make_target(vocabulary)
+        self.adapter, self.architecture, self.begun_from = self.make_adapter()
         self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=args.lr, betas=BETAS,
                                            weight_decay=WEIGHT_DECAY)
-        self.checkpoint, self.log = args.out / "checkpoint.pt", args.out / "log.jsonl"
-        self.begin()
+        require(args.batches % self.processes.ranks == 0, f"--batches {args.batches}: must be a "
+                f"multiple of the {self.processes.ranks} processes")
+        self.text = Text(args, self.model.config, device)
+        self.model.config = self.text.config
+        vocabulary = self.text.vocabulary
+        vocabulary = None if vocabulary is None else vocabulary.to(device)
+        self.target = self.teacher = self.make_target(vocabulary)
+        if args.learn == "text":  # held-out figures are of the target, whatever is learned
+            self.teacher = TextTarget(self.model, args.exit_layer, vocabulary)
+        self.begin(str(dtype).removeprefix("torch."))
 
-    def first_adapter(self):
-        """What training begins from, in float32; its architecture; and how it was made."""
-        args, n_layers = self.args, len(self.model.layers)
-        require(0 <= args.exit_layer < n_layers, f"--exit-layer {args.exit_layer}: must be at "
-                f"least 0 and below the model's {n_layers} layers")
+    def make_adapter(self):
+        """(what to begin from, in float32; its architecture's name; how it was made before).
+
+        That is a new adapter, or the one in --init with its architecture.
+        """
+        args, layers = self.args, self.model.config.num_hidden_layers
+        require(0 <= args.exit_layer < layers, f"--exit-layer {args.exit_layer}: must be at least "
+                f"0 and below the model's {layers} layers")
         if args.init is None:
             return new_adapter(ADAPTERS[args.architecture], self.model), args.architecture, None
         try:
@@ -328,122 +359,62 @@ class Training:
                 facts.get("training", str(args.init)))
 
     def make_target(self, vocabulary):
-        """The Target that held-out figures are of, and the one that is learned from."""
-        target = Target(self.model, self.args.exit_layer, vocabulary)
-        if self.args.learn == "target":
-            return target, target
-        drafted = range(self.model.config.vocab_size) if vocabulary is None else set(
-            vocabulary.tolist())
-        self.encode = partial(every_token, encode=self.encode, wanted=drafted)
-        return target, TextTarget(self.model, self.args.exit_layer, vocabulary)
+        return Target(self.model, self.args.exit_layer, vocabulary, self.args.loss)
 
-    def make_drafter(self):
-        """A drafter with the adapter as it is now."""
-        adapter = for_decoding(self.adapter, self.target)
-        return KangarooDrafter(self.model, adapter, adapter.exit_layer, head=adapter.head)
-
-    def save(self, facts):
-        """The weights and config.json, which `kangaroo.py --adapter` takes."""
-        args, target = self.args, self.target
-        write_safetensors(args.out / "adapter.safetensors",
-                          trained_weights(self.adapter, target.vocabulary))
-        write_json(args.out / "config.json", config_json(self.adapter.config) | {
-            "architecture": self.architecture, "exit_layer": args.exit_layer, "steps": STEPS,
-            "threshold": THRESHOLD, "target": self.model.fingerprint, "chat_template": self.chat,
-            "training": facts})
-
-    def read_text(self):
-        """Documents to train on and held out, and how to encode them."""
-        args, config = self.args, self.model.config
-        self.tokenizer = Tokenizer(args.model, config)
-        self.model.config = config = self.tokenizer.with_ends(config)
-        self.chat, self.template = find_chat_template(args.model, args.chat)
-        self.encode = partial(encode, tokenizer=self.tokenizer, template=self.template,
-                              eos=config.eos_token_ids,
-                              max_length=min(args.max_length, config.max_position_embeddings))
-        self.documents, self.held = split(args.data, args.allow_truncated)
-        self.tested = self.held or self.documents[:1]
-        examples = [self.encode(document) for document in self.tested[:args.eval_documents]]
-        self.held_batches = batches_of(examples, args.batch_tokens)
-        require(self.held_batches, f"--max-length {args.max_length}: leaves nothing to learn of "
-                f"the {len(self.tested)} held-out documents")
-
-    def sample_examples(self, most=4000):
-        """Some documents, encoded one by one: to encode all takes minutes, and hardly changes which
-        of their tokens are frequent."""
-        documents = random.Random(0).sample(self.documents, min(most, len(self.documents)))
-        encoded = Windows(documents, 1, 0, self.encode).numbered(0, self.workers)
-        return (example for _, [example] in islice(encoded, len(documents)))
-
-    def begin(self):
-        """The state of a new run, or that of the one to go on with."""
-        args, dtype = self.args, str(self.model.norm.weight.dtype).removeprefix("torch.")
-        made_with = {"init": args.init and str(args.init)} if hasattr(args, "init") else {}
-        made_with |= {"architecture": self.architecture, "chat": self.chat, "dtype": dtype,
-                      "model": f"of fingerprint {self.model.fingerprint}",
-                      "data": f"of digest {digest(self.documents)}"}
-        made_with |= {name: getattr(args, name) for name in self.exact}
+    def begin(self, dtype):
+        """The state of a new run, or that of the one to go on with; and the log."""
+        args, text = self.args, self.text
+        made_with = {"init": args.init and str(args.init), "chat": text.chat, "dtype": dtype,
+                     "architecture": self.architecture,
+                     "model": f"of fingerprint {self.model.fingerprint}",
+                     "data": f"of digest {digest(text.documents)}"}
+        made_with |= {name: getattr(args, name) for name in self.EXACT}
         self.state = {"step": 0, "window": 0, "update": 0, "tokens": 0, "seconds": 0.0,
                       "options": made_with}
+        self.checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
         if args.resume:
-            self.state = load_checkpoint(self.checkpoint, self.adapter, [self.optimizer],
-                                         made_with)
-        if self.processes.rank == 0:
-            if self.template.note and any(isinstance(d, list) for d in self.documents):
-                print(self.template.note, file=sys.stderr)
-            print(self.describe(dtype), file=sys.stderr)
-            logged = trim_log(self.log, self.state["step"])
+            self.state = load_checkpoint(self.checkpoint, self.adapter, [self.optimizer], made_with)
+        if self.first:
+            if text.note():
+                print(text.note(), file=sys.stderr)
+            n = sum(p.numel() for p in self.adapter.parameters())
+            print(f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
+                  f"{self.target.exit_layer} · adapter {self.architecture}, {n / 1e6:.2f} M "
+                  f"parameters · {text.describe()}", file=sys.stderr)
+            logged = trim_log(log, self.state["step"])
             self.evaluated = max((r["step"] for r in logged if "held_out" in r), default=0)
-            prompts = [prompt_of(document, self.tokenizer, self.template)
-                       for document in self.tested[:args.eval_prompts]]
-            context = self.model.config.max_position_embeddings
-            self.prompts = [ids for ids in prompts if 0 < len(ids) < context]
-            self.progress = Progress(self.log, args.updates, self.state["step"])
-
-    @cached_property
-    def held_out(self):
-        """The states of the held-out documents, not before they are needed: it takes a while."""
-        return [in_half(self.target.states(*batch)) for batch in self.held_batches]
-
-    def describe(self, dtype):
-        args, n = self.args, sum(p.numel() for p in self.adapter.parameters())
-        text = (f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
-                f"{self.target.exit_layer} · adapter {self.architecture}, {n / 1e6:.2f} M "
-                f"parameters · {len(self.documents)} documents, {len(self.held)} held out")
-        if not self.held:
-            text += " (too few: figures are of one that is trained on)"
-        if args.vocabulary:
-            text += f" · drafts from {args.vocabulary} tokens, {self.coverage:.1%} of the text"
-        return text
+            self.progress = Progress(log, args.updates, self.state["step"])
 
     def run(self):
         """All updates that are left, then the adapter."""
-        args, state, processes = self.args, self.state, self.processes
-        elapsed, begin, place = state["seconds"], time.time(), (state["window"], state["update"])
-        stream = updates(self.documents, args, self.encode, self.teacher, place, processes.rank,
-                         processes.ranks, self.workers)
-        adapter = processes.share(self.adapter)
+        args, state, elapsed, begin = self.args, self.state, self.state["seconds"], time.time()
+        stream = updates(self.text.windows(state["window"]), args, self.teacher,
+                         state["update"], self.processes.rank, self.processes.ranks)
         self.evaluate_if_due()  # a killed run may have saved, and not evaluated any more
         while state["step"] < args.updates:
             (state["window"], state["update"]), batches, tokens = next(stream)
             for group in self.optimizer.param_groups:
                 group["lr"] = args.lr * learning_rate(state["step"], args.updates, args.warmup)
-            sums = train_step(adapter, self.optimizer, self.teacher, batches, self.loss, tokens,
-                              processes, self.autocast)
+            sums = take_step(self.parts(batches, 1 / tokens), self.teacher, self.optimizer,
+                             self.autocast, self.processes)
             state["step"] += 1
             state["tokens"] += tokens
             state["seconds"] = elapsed + time.time() - begin
-            self.after_update(sums, tokens)
-        if processes.rank == 0:
+            self.report(sums, tokens)
+        if self.first:
             self.finish()
-        processes.wait()
-        processes.leave()
+        self.processes.wait()
+        self.processes.leave()
 
-    def after_update(self, sums, tokens):
+    def parts(self, batches, scale):
+        """(adapter, States, scale) of each batch, as `take_step` wants them."""
+        return ((self.adapter, states, scale) for states in batches)
+
+    def report(self, sums, tokens):
         """Report; save; evaluate, after saving, so that nothing is lost if that fails."""
         args, step = self.args, self.state["step"]
-        if self.processes.rank == 0:
-            self.progress.report(step, figures_of(sums), tokens)
+        if self.first:
+            self.progress.report(step, means_of(sums), tokens)
             if step % args.save_every == 0 or step == args.updates:
                 save_checkpoint(self.checkpoint, self.adapter, [self.optimizer], self.state)
         self.evaluate_if_due()
@@ -451,44 +422,66 @@ class Training:
     def evaluate_if_due(self):
         step = self.state["step"]
         if step and step % self.args.eval_every == 0 and step < self.args.updates:
-            if self.processes.rank == 0 and self.evaluated < step:
+            if self.first and self.evaluated < step:
                 self.evaluate()
             self.processes.wait()
 
     def evaluate(self):
-        """Figures of the held-out states, and the compression rate of decoding the prompts
-        greedily; reported."""
+        """The figures of the held-out documents, reported."""
         self.evaluated = self.state["step"]
-        figures = figures_of(sum(self.target.loss(self.adapter, states, self.loss,
-                                                  autocast=self.autocast)
-                                 for states in self.held_out))
-        if self.prompts:
-            model, drafter = self.model, self.make_drafter()
-            rounds = [round_ for ids in self.prompts for round_ in generate(
-                model, drafter, ids, 64, eos=model.config.eos_token_ids)]
-            figures["compression_rate"] = sum(len(r.tokens) for r in rounds) / len(rounds)
+        figures = means_of(sum(measure_batch(adapter, self.target, states, self.autocast)
+                               for adapter, states, _ in self.parts(self.held_out, 1)))
+        figures |= self.decode_prompts()
         self.progress.write({"step": self.state["step"], "held_out": figures})
         shown = " · ".join(f"{name} {value:.3f}" for name, value in figures.items())
         self.progress.say(f"held out: {shown}")
         return figures
 
+    @cached_property
+    def held_out(self):
+        """The States of the held-out documents, not before they are needed: it takes a while."""
+        return [in_half(self.target.states(*batch)) for batch in self.text.held_batches]
+
+    def decode_prompts(self):
+        """The compression rate of decoding a few held-out prompts greedily, if there are any."""
+        drafter, rounds = self.make_drafter(for_decoding(self.adapter, self.target)), []
+        for ids in self.text.prompts():
+            rounds += generate(self.model, drafter, ids, 64, eos=self.model.config.eos_token_ids)
+        tokens = sum(len(round_.tokens) for round_ in rounds)
+        return {"compression_rate": tokens / len(rounds)} if rounds else {}
+
+    def make_drafter(self, adapter):
+        return KangarooDrafter(self.model, adapter, adapter.exit_layer, head=adapter.head)
+
     def finish(self):
-        """The result, with the facts of its training."""
-        args, state = self.args, self.state
+        """The adapter, with the facts of its training."""
+        args, state, device = self.args, self.state, self.model.norm.weight.device
         held_out = {name: round(value, 4) for name, value in self.evaluate().items()}
         self.save({
-            "data": [Path(path).name for path in args.data], "documents": len(self.documents),
-            "held_out_documents": len(self.held), "updates": args.updates,
-            "tokens": state["tokens"], "seconds": round(state["seconds"]),
-            "device": str(self.model.norm.weight.device), "learn": getattr(args, "learn", "target"),
-            "loss": self.loss, "lr": args.lr, "init": self.begun_from,
-            "vocabulary_coverage": round(self.coverage, 4), "held_out": held_out})
+            "data": [Path(path).name for path in args.data], "documents": len(self.text.documents),
+            "held_out_documents": len(self.text.held), "updates": args.updates,
+            "tokens": state["tokens"], "seconds": round(state["seconds"]), "device": str(device),
+            "learn": args.learn, "loss": args.loss, "lr": args.lr, "init": self.begun_from,
+            "vocabulary_coverage": round(self.text.coverage, 4), "held_out": held_out})
+
+    def save(self, facts):
+        """The weights and config.json, which `kangaroo.py --adapter` takes."""
+        folder = self.args.out
+        write_safetensors(folder / "adapter.safetensors",
+                          trained_weights(self.adapter, self.target.vocabulary))
+        write_json(folder / "config.json", config_json(self.adapter.config) | {
+            "architecture": self.architecture, "exit_layer": self.args.exit_layer, "steps": STEPS,
+            "threshold": THRESHOLD, "target": self.model.fingerprint,
+            "chat_template": self.text.chat, "training": facts})
 
 
 def main(argv=None):
-    return run_program("train_adapter.py", lambda: run_among_others(
-        lambda: Training(parse_adapter_options(argv, LOSSES)).run()),
-        "interrupted, --resume goes on from the last checkpoint")
+    @end_together()
+    def run():
+        Training(parse_adapter_arguments(argv, LOSSES)).run()
+
+    return run_program("train_adapter.py", run,
+                       "interrupted, --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

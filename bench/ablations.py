@@ -52,7 +52,18 @@ from support.decoder import Settings, load, pick_device_and_dtype
 from support.packing import pack
 from support.program import refuse_below_one, run_program
 from support.tokenizer import Tokenizer
-from train_adapter import States, Target, for_decoding, learning_rate, new_adapter
+from train_adapter import (
+    BETAS,
+    WEIGHT_DECAY,
+    States,
+    Target,
+    for_decoding,
+    learning_rate,
+    means_of,
+    measure_batch,
+    new_adapter,
+    take_step,
+)
 
 import torch
 import torch.nn as nn
@@ -125,7 +136,7 @@ def variants(n_layers, vocabulary):
 
 @torch.no_grad()
 def states_at(target, exit_layers, batches):
-    """[{ℓ: states as of `Target.states`}] of the batches, with one pass of the model for all ℓ."""
+    """[{ℓ: the States of the batch}] of the batches, with one pass of the model for all ℓ."""
     model, device, found = target.model, target.head.device, []
     for ids, learn in progress(batches, "states "):
         ids, learn = ids.to(device), learn.to(device)
@@ -134,8 +145,9 @@ def states_at(target, exit_layers, batches):
         for layer in sorted(exit_layers):
             x = model.run_layers(x, positions, None, done, layer)
             here[layer], done = x, layer
-        final = target.final(model.run_layers(x, positions, None, done, len(model.layers))[learn])
-        found.append({layer: States(x, learn, *final) for layer, x in here.items()})
+        final = model.run_layers(x, positions, None, done, len(model.layers))
+        goal = target.distribution(final[learn])
+        found.append({layer: States(x, learn, goal) for layer, x in here.items()})
     return found
 
 
@@ -145,16 +157,16 @@ def train(variant, model, vocabulary, states, held_out, args):
     Fills `found` with held-out figures, seconds and parameters.
     """
     torch.manual_seed(args.seed)
-    target = variant.target(model, variant.exit_layer, vocabulary if variant.vocabulary else None)
+    target = variant.target(model, variant.exit_layer, vocabulary if variant.vocabulary else None,
+                            variant.loss)
     adapter = new_adapter(variant.adapter, model)
     own = [target.own] if variant.target is OwnHead else []
     parameters = [*adapter.parameters(), *own]
     begin = time.perf_counter()
     total = update(variant, target, adapter, parameters, states, args)
     seconds = time.perf_counter() - begin
-    sums = sum(target.loss(adapter, batch[variant.exit_layer], variant.loss, autocast=None)
-               for batch in held_out)
-    figures = dict(zip(("loss", "acceptance", "agreement"), (sums[:3] / sums[3]).tolist()))
+    figures = means_of(sum(measure_batch(adapter, target, batch[variant.exit_layer])
+                           for batch in held_out))
     variant.found = {"parameters": sum(p.numel() for p in parameters), "updates": total,
                      "training_seconds": round(seconds), **figures}
     adapter = for_decoding(adapter, target)
@@ -168,17 +180,14 @@ def train(variant, model, vocabulary, states, held_out, args):
 
 def update(variant, target, adapter, parameters, states, args):
     """All passes over the states; returns the number of updates."""
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     total, step = args.passes * len(states), 0
     for k in range(args.passes):
         for i in random.Random(f"{args.seed} {k}").sample(range(len(states)), len(states)):
             batch = states[i][variant.exit_layer]
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * learning_rate(step, total, min(50, 1 + total // 10))
-            optimizer.zero_grad()
-            target.loss(adapter, batch, variant.loss, 1 / len(batch[2]), None)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            take_step([(adapter, batch, 1 / len(batch.goal.best))], target, optimizer)
             step += 1
     return total
 
@@ -205,7 +214,7 @@ def train_all(todo, args):
     exits, target = {variant.exit_layer for variant in todo}, Target(model, 0, vocabulary)
     states, held = (states_at(target, exits, batches_of(examples, args.batch_tokens))
                     for examples in (rest, held))
-    held_tokens = sum(len(batch[min(exits)][2]) for batch in held)
+    held_tokens = sum(len(batch[min(exits)].goal.best) for batch in held)
     print(f"{learned:,} tokens to learn from, {held_tokens:,} held out", file=sys.stderr)
     adapters = []
     for variant in todo:

@@ -1,14 +1,13 @@
-"""Train Medusa's heads for any Llama that loads, by the trainer of Kangaroo's adapter.
+"""Train Medusa's heads (drafters/medusa.py) for any Llama that loads, and choose their tree.
 
     python drafters/train_medusa.py --model DIR --data FILE… --heads 3 --out DIR
 
-    text -> token ids -> one pass of the frozen target -> last states         -> heads
-                                                       -> final distribution  -> loss
-
-Head k is to say at position t what the target says at t + k; it reads the last layer's state k
-positions before. In the end Medusa's tree is chosen by how often each choice of each head is right
-on held-out text. Output: medusa_lm_head.safetensors, config.json and log.jsonl. All else is in
-train_adapter.py.
+Head k reads the last layer's state of a position, and learns what the target says k positions after
+the one whose state it reads. So this is `Training` of train_adapter.py, whose exit layer is the
+last one, with one batch for each head: its states, moved k positions. At the end the tree is
+chosen, by how often each choice of each head is right on held-out text. Output:
+medusa_lm_head.safetensors, config.json and log.jsonl; figures are means over the heads. Left out on
+purpose: several processes. Read train_adapter.py first.
 """
 import sys
 from pathlib import Path
@@ -18,50 +17,42 @@ if __name__ == "__main__":
 from drafters.medusa import Heads, MedusaDrafter
 from support.checkpoint import trained_weights, write_json, write_safetensors
 from support.errors import require
-from support.processes import run_among_others
-from support.program import refuse_below_one, run_program
-from support.training_options import EXACT, check, make_parser
-from train_adapter import Target, Training, for_decoding
+from support.program import options, refuse_below_one, run_program
+from support.training_options import make_parser, prepare_folder, refuse_wrong_values
+from train_adapter import LOSSES, Distribution, States, Target, Training
 
 import torch
 
+WEIGHT = 0.8  # of a head's loss against that of the one before
+NODES, CANDIDATES = 31, 10  # of the tree that is chosen; choices of a head that it may have
+
 
 class MedusaTarget(Target):
-    """The frozen model, as heads learn from it. Its exit layer is the last."""
-    WEIGHT = 0.8  # of a head's loss against that of the one before
-
-    def loss(self, heads, states, kind, scale=None, autocast=torch.bfloat16):
-        """What `Target.loss` sums up, over all heads."""
-        sums = 0
-        for k, head in enumerate(heads.heads, 1):
-            sums += super().loss(lambda x, _, head=head: head(x), self.states_before(k, states),
-                                 kind, scale and scale * self.WEIGHT ** (k - 1), autocast)
-        return sums
+    """The frozen model as heads are to learn it: their states are those of its last layer."""
 
     @torch.no_grad()
-    def states_before(self, k, states):
-        """The States of a batch for head k: of every position the normed ones k positions before
-        it, as it reads them."""
+    def states_for(self, k, states):
+        """The States of a batch -> those of head k, which reads at t − k and learns what stands at
+        t: x is normed and moved k positions, and the first k positions have no state to read."""
         later = states.learn.clone()
-        later[:, :k] = False  # no state is k positions before these
+        later[:, :k] = False
         kept = later[states.learn]
         x = self.model.norm(states.x.to(self.head.dtype)).float()
-        return states._replace(x=x.roll(k, 1), learn=later, y=states.y[kept],
-                               log_sums=states.log_sums[kept], best=states.best[kept])
+        return States(x.roll(k, 1), later, Distribution(*(t[kept] for t in states.goal)))
 
     @torch.no_grad()
-    def choose_tree(self, heads, held_out, nodes=31, candidates=10):
+    def choose_tree(self, heads, held_out, nodes=NODES, candidates=CANDIDATES):
         """Medusa's tree for these heads, the likeliest path first: how often each choice of each
-        is right on held-out states decides. Its first n nodes are the tree of n nodes."""
+        is right on held-out States decides. Its first n nodes are the tree of n nodes."""
         right = []
         for k, head in enumerate(heads.heads, 1):
             hits, n = torch.zeros(candidates), 0
             for states in held_out:
-                before = self.states_before(k, states)
-                top = self.draft_logits(head(before.x[before.learn])).topk(candidates).indices
+                x, learn, goal = self.states_for(k, states)
+                top = self.draft_logits(head(x[learn])).topk(candidates).indices
                 top = top if self.vocabulary is None else self.vocabulary[top]
-                hits += (top == before.best[:, None]).sum(0).cpu()
-                n += len(before.best)
+                hits += (top == goal.best[:, None]).sum(0).cpu()
+                n += len(goal.best)
             right.append((hits / max(1, n)).tolist())
         return sparse_tree(right, nodes)
 
@@ -69,7 +60,8 @@ class MedusaTarget(Target):
 def sparse_tree(right, nodes):
     """The paths that are likeliest to be the text: how Medusa's tree is chosen.
 
-    right[k][i]: how often the i-th choice of head k + 1 was right, on other text.
+    right[k][i]: how often the i-th choice of head k + 1 was right, on other text. Of [[0.5, 0.3],
+    [0.4, 0.1]] the first four are (0) 0.5, (1) 0.3, (0, 0) 0.5 × 0.4, (1, 0) 0.3 × 0.4.
     """
     tree, near = [], {(i,): p for i, p in enumerate(right[0])}
     while near and len(tree) < nodes:
@@ -90,45 +82,53 @@ def new_heads(n, model):
 
 
 class MedusaTraining(Training):
-    """A run that trains heads in the place of an adapter."""
-    exact = (*EXACT, "heads")
+    """A run that trains heads in place of an adapter."""
+    EXACT = (*Training.EXACT, "heads")
 
-    def first_adapter(self):
-        require(self.processes.ranks == 1, "heads are trained in one process, without torchrun")
+    def make_adapter(self):
+        require(self.processes.ranks == 1, "--nproc-per-node: Medusa's heads train in one process")
         return new_heads(self.args.heads, self.model), "medusa", None
 
     def make_target(self, vocabulary):
-        target = MedusaTarget(self.model, self.model.config.num_hidden_layers, vocabulary)
-        return target, target
+        last = self.model.config.num_hidden_layers
+        return MedusaTarget(self.model, last, vocabulary, self.args.loss)
 
-    def make_drafter(self):
-        return MedusaDrafter(self.model, for_decoding(self.adapter, self.target))
+    def parts(self, batches, scale):
+        for states in batches:
+            for k, head in enumerate(self.adapter.heads, 1):
+                yield (lambda x, _, head=head: head(x), self.target.states_for(k, states),
+                       scale * WEIGHT ** (k - 1))
+
+    def make_drafter(self, heads):
+        return MedusaDrafter(self.model, heads)
 
     def save(self, facts):
-        """The weights and config.json, which `kangaroo.py --drafter medusa --adapter` takes."""
-        args, tensors = self.args, trained_weights(self.adapter, self.target.vocabulary)
+        """The weights, named as the authors name them, and config.json with the tree."""
+        tensors = trained_weights(self.adapter, self.target.vocabulary)
         tensors = {name.removeprefix("heads."): tensor for name, tensor in tensors.items()}
-        write_safetensors(args.out / "medusa_lm_head.safetensors", tensors)
-        write_json(args.out / "config.json", {
-            "architecture": "medusa", "medusa_num_heads": args.heads, "medusa_num_layers": 1,
+        write_safetensors(self.args.out / "medusa_lm_head.safetensors", tensors)
+        write_json(self.args.out / "config.json", {
+            "architecture": "medusa", "medusa_num_heads": self.args.heads, "medusa_num_layers": 1,
             "medusa_choices": self.target.choose_tree(self.adapter, self.held_out),
-            "target": self.model.fingerprint, "chat_template": self.chat, "training": facts})
+            "target": self.model.fingerprint, "chat_template": self.text.chat, "training": facts})
 
 
-def parse_options(argv):
-    parser, option = make_parser(
-        "train_medusa.py", "python drafters/train_medusa.py --model DIR --data FILE… --out DIR",
-        "Train Medusa's heads for a Llama. See docs/training.md.")
-    option("--heads", "K", "heads", 3, type=int)
+def parse_arguments(argv):
+    parser = make_parser("drafters/train_medusa.py", "--heads K", "Train Medusa's heads for a "
+                         "Llama. See docs/training.md.")
+    options(parser)("--heads", "K", "heads, each for a position further ahead", 3, type=int)
+    # What `Training` asks of, and heads have no choice in.
+    parser.set_defaults(learn="target", init=None, exit_layer=None)
     args = parser.parse_args(argv)
     refuse_below_one(args, "heads")
-    return check(args)
+    refuse_wrong_values(args, LOSSES)
+    prepare_folder(args)
+    return args
 
 
 def main(argv=None):
-    return run_program("train_medusa.py", lambda: run_among_others(
-        lambda: MedusaTraining(parse_options(argv)).run()),
-        "interrupted, --resume goes on from the last checkpoint")
+    return run_program("train_medusa.py", lambda: MedusaTraining(parse_arguments(argv)).run(),
+                       "interrupted, --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,65 +1,70 @@
-"""One training in several processes, started by torchrun, a GPU each; alone all of it does nothing.
+"""The processes of one training, which torchrun starts: each with a GPU of its own, or on the CPU.
 
-Nothing of the algorithm. Follows PyTorch's tutorial on DistributedDataParallel.
+They see different batches of an update, and add up their gradients. Nothing of the algorithm.
 """
 import contextlib
 import datetime
 import os
 
-from support.decoder import pick_device_and_dtype
-from support.errors import UserError
+from support.errors import UserError, require
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of what all processes do together
-# What gloo and NCCL say of a process that has ended, which has told why itself.
-ENDED = ("by peer", "remote process exited", "ncclRemoteError", "ncclSystemError",
-         "communicator was aborted")
+LONG = datetime.timedelta(days=7)         # of waiting for what the first does alone
+# What gloo says where another process has ended, and what NCCL says, which has many words for it.
+ENDED = ("by peer", "remote process exit", "communicator was aborted", "ncclremoteerror",
+         "ncclsystemerror", "watchdog")
 
 
 class Processes:
-    """This process is number `rank` of `ranks`; `device` and `dtype` are what it computes with."""
+    """This process, number `rank` of `ranks`. Alone, it has nobody to wait for or to add to."""
 
-    def __init__(self, device, dtype):
-        self.rank, self.ranks = (int(os.environ.get(name, default))
-                                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        self.device, self.dtype = pick_device_and_dtype(device, dtype)
-        self.patient = None  # a group to wait in for long
-        if self.ranks == 1:
-            return
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(self.device)  # before NCCL chooses one itself
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-        self.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    def __init__(self, rank=0, ranks=1, slow_group=None):
+        self.rank, self.ranks, self.slow_group = rank, ranks, slow_group
 
-    def share(self, module):
-        """The module, whose gradients are from now on the mean over all processes."""
-        return DistributedDataParallel(module) if self.ranks > 1 else module
+    @classmethod
+    def join(cls, device):
+        """(the processes that torchrun has started, the device of this one)."""
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if ranks == 1:
+            return cls(), device
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            require(device.index < torch.cuda.device_count(),
+                    f"--nproc-per-node: must be at most the {torch.cuda.device_count()} GPUs here")
+            torch.cuda.set_device(device)  # before NCCL chooses one itself
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return cls(rank, ranks, dist.new_group(backend="gloo", timeout=LONG)), device
 
-    def without_sync(self, module, alone=True):
-        """In this context backward passes through a shared module stay in this process."""
-        return module.no_sync() if alone and self.ranks > 1 else contextlib.nullcontext()
+    def sum_gradients(self, parameters):
+        """Give each parameter the sum of its gradients in all processes. They travel in one piece,
+        because each message takes its time."""
+        if self.ranks > 1:
+            gradients = [p.grad for p in parameters]
+            whole = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(whole)
+            for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients])):
+                gradient.copy_(part.view_as(gradient))
 
     def wait(self):
-        """Until all processes are here. What one does alone may outlast TIMEOUT."""
+        """Until all are here. What the first does alone may take longer than TIMEOUT."""
         if self.ranks > 1:
-            dist.barrier(self.patient)
+            dist.barrier(self.slow_group)
 
     def leave(self):
         if self.ranks > 1:
             dist.destroy_process_group()
 
 
-def run_among_others(run):
-    """run(); UserError in one line if it ends because another process has."""
+@contextlib.contextmanager
+def end_together():
+    """Where another process has ended, which said why, this one ends with a line of its own."""
     try:
-        run()
+        yield
     except RuntimeError as e:
-        if not any(words in str(e) for words in ENDED):
+        if not any(words in str(e).lower() for words in ENDED):
             raise
-        message = f"process {os.environ.get('RANK', 0)} stops, because another one has"
-        raise UserError(message) from None
+        raise UserError(f"process {os.environ.get('RANK', 0)} stops, because another one has "
+                        f"({str(e).strip().splitlines()[-1].strip()})") from None

@@ -1,16 +1,25 @@
-"""Training Medusa's heads: what each learns, the tree that is chosen, and a run from text to heads
-that decode."""
+"""Training Medusa's heads: what each learns, how their tree is chosen, and that no run is lost."""
 import json
+from argparse import Namespace
 
 from drafters import train_medusa
 from drafters.medusa import TREE, load_heads
-from drafters.train_medusa import sparse_tree
+from drafters.train_medusa import MedusaTarget, MedusaTraining, sparse_tree
+from support import processes
 from support.checkpoint import load_llama
+from train_adapter import measure_batch
 
 import pytest
 import torch
-from helpers import TEXT
-from test_methods_2 import CIRCLE, folder, perfect_heads, rule  # noqa: F401 — a fixture
+from helpers import TEXT, write_model
+from test_methods_2 import CIRCLE, perfect_heads, rule
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads") / "model"
+    write_model(folder)
+    return folder
 
 
 def test_a_tree_is_the_likeliest_paths():
@@ -18,9 +27,15 @@ def test_a_tree_is_the_likeliest_paths():
     tree = sparse_tree([[0.5, 0.3, 0.1], [0.4, 0.05], [0.9]], 6)
     assert tree == [(0,), (1,), (0, 0), (0, 0, 0), (1, 0), (1, 0, 0)]
     assert sparse_tree([[0.5]], 9) == [(0,)]
-    for i, path in enumerate(TREE):
+    for i, path in enumerate(TREE):  # the one for heads that name none
         assert len(path) == 1 or path[:-1] in TREE[:i]
     assert len(set(TREE)) == len(TREE) == 15
+
+
+def sums_over(heads, target, states):
+    parts = list(MedusaTraining.parts(Namespace(adapter=heads, target=target), [states], 2.0))
+    assert [scale for *_, scale in parts] == [2.0, 2.0 * 0.8, 2.0 * 0.8 ** 2]
+    return sum(measure_batch(head, target, shifted) for head, shifted, _ in parts).tolist()
 
 
 def test_a_head_learns_what_the_target_says_later():
@@ -28,16 +43,16 @@ def test_a_head_learns_what_the_target_says_later():
     position that has one so far before it, and with their order turned round at none."""
     model = rule(CIRCLE)
     heads = perfect_heads(model, CIRCLE, 3)
-    target = train_medusa.MedusaTarget(model, 2)
+    target = MedusaTarget(model, 2)
     target.draft_logits = lambda x: x  # these heads have projections of their own
     learn = torch.ones(2, 20, dtype=torch.bool)
     learn[0, :9] = False
     states = target.states(torch.arange(40).view(2, 20) % 12, learn)
-    _, _, agreed, positions = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    _, _, agreed, positions = sums_over(heads, target, states)
     assert agreed == positions == 3 * 11 + 19 + 18 + 17
     assert target.choose_tree(heads, [states], 3) == [(0,), (0, 0), (0, 0, 0)]
     heads.heads = heads.heads[::-1]
-    _, _, agreed, _ = target.loss(heads, states, "cross-entropy", autocast=None).tolist()
+    _, _, agreed, _ = sums_over(heads, target, states)
     assert agreed == 11 + 18  # the middle one is where it was
 
 
@@ -45,10 +60,10 @@ def test_the_tree_of_heads_that_err():
     """Guards the shares that the tree is chosen by: where the first head's second choice is right
     twice as often as its first, and the second head is never right, no node hangs deep."""
     model = rule(CIRCLE)
-    target = train_medusa.MedusaTarget(model, 2)
+    target = MedusaTarget(model, 2)
     heads = perfect_heads(model, CIRCLE, 2)
     states = target.states(torch.arange(20)[None] % 12, torch.ones(1, 20, dtype=torch.bool))
-    best, asked = states.best, []
+    best, asked = states.goal.best, []
 
     def logits(x):  # of 19 positions for the first head, then of 18 for the second
         asked.append(len(x))
@@ -67,7 +82,7 @@ def test_the_tree_of_heads_that_err():
     assert asked == [19, 18]
 
 
-def words(folder, tmp_path, *args):  # noqa: F811
+def words(folder, tmp_path, *args):
     (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {text}" for i in range(10)
                                                    for text in TEXT))
     return [str(word) for word in [
@@ -78,7 +93,7 @@ def words(folder, tmp_path, *args):  # noqa: F811
 
 
 @pytest.mark.parametrize("vocabulary", [None, 90])
-def test_training_heads(folder, tmp_path, capfd, vocabulary):  # noqa: F811
+def test_training_heads(folder, tmp_path, capfd, vocabulary):
     """From text to a folder that the drafter reads: the loss falls, and going on from a checkpoint
     gives the same heads."""
     args = ["--vocabulary", vocabulary] if vocabulary else []
@@ -101,9 +116,28 @@ def test_training_heads(folder, tmp_path, capfd, vocabulary):  # noqa: F811
 
 
 @pytest.mark.parametrize("args, word", [
-    (["--exit-layer", 1], "--exit-layer"), (["--init", "x"], "--init"), (["--heads", 0], "--heads"),
-    (["--architecture", "attention"], "--architecture"), (["--learn", "text"], "--learn")])
-def test_training_options_that_do_not_fit(folder, tmp_path, capfd, args, word):  # noqa: F811
-    """Guards against options that would do nothing."""
+    (["--exit-layer", 1], "--exit-layer"), (["--init", "x"], "--init"),
+    (["--heads", 0], "--heads 0"), (["--learn", "text"], "--learn"), (["--lr", 0], "--lr 0"),
+    (["--architecture", "layer"], "--architecture"), (["--resume"], "checkpoint.pt")])
+def test_options_that_do_not_fit(folder, tmp_path, capfd, args, word):
+    """Guards against options that would do nothing, or would do it for hours."""
     assert train_medusa.main(words(folder, tmp_path, *args)) == 2
-    assert word in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert err.startswith("train_medusa.py: ") and err.count("\n") == 1 and word in err
+
+
+def test_other_heads_are_refused_on_resuming(folder, tmp_path, capfd):
+    """Guards --resume: heads of another number cannot go on from these weights."""
+    assert train_medusa.main(words(folder, tmp_path, "--updates", 1)) == 0
+    assert train_medusa.main(words(folder, tmp_path, "--updates", 1, "--heads", 2, "--resume")) == 2
+    assert "--heads 3, --resume needs the same, not 2" in capfd.readouterr().err
+
+
+def test_several_processes_are_refused(folder, tmp_path, capfd, monkeypatch):
+    """Guards torchrun: every process would train all heads, and write the same files."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(processes.dist, name, lambda *args, **more: None)
+    assert train_medusa.main(words(folder, tmp_path)) == 2
+    assert "one process" in capfd.readouterr().err
