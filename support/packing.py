@@ -36,9 +36,10 @@ class FastRMSNorm(RMSNorm):
         self.weight = norm.weight
 
     def forward(self, x):
-        n = len(self.weight)
+        weight = self.weight
+        n = len(weight)
         both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * n,), eps=self.eps)
-        return both[..., :n] * self.weight
+        return both[..., :n] * weight
 
 
 def use_fast_norms(module):
