@@ -7,18 +7,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ["llama", "kangaroo", "drafters", "support", "train_adapter", "bench"]
 TOP = "models", "docs", "tests"  # on the top floor too
-# They need nothing of the algorithm but llama.py, so what lies below their room may use them.
-SHARED = "support.checkpoint", "support.packing", "support.tokenizer", "support.chat"
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for folder in ("", "drafters", "support", "bench", "models", "docs")
          for path in (ROOT / folder).glob("*.py")}
-
-
-def floor(module):
-    if module == "drafters.train_medusa":  # a program that trains, beside what it trains
-        return FLOORS.index("train_adapter")
-    room = module.split(".")[0]
-    return len(FLOORS) - 1 if room in TOP else FLOORS.index(room)
 
 
 def imports(path):
@@ -38,14 +29,31 @@ def imports(path):
     return found
 
 
+def needed(module):
+    """All that a module imports, by whatever way."""
+    found, new = set(), {module}
+    while new:
+        new = set().union(*(imports(FILES[name]) for name in new)) - found
+        found |= new
+    return found
+
+
+def floor(module):
+    """A module of support/ that needs llama.py at most stands beside that. A program that trains
+    stands beside train_adapter.py."""
+    room = module.split(".")[0]
+    if room == "support" and all(name.startswith(("llama", "support.")) for name in needed(module)):
+        return FLOORS.index("llama")
+    if module == "drafters.train_medusa":
+        return FLOORS.index("train_adapter")
+    return len(FLOORS) - 1 if room in TOP else FLOORS.index(room)
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_dependencies_run_one_way(module):
-    """llama ← kangaroo ← drafters ← support ← train_adapter ← bench, models, docs; a leaf, which
-    imports nothing of ours, is used by all."""
+    """llama ← kangaroo ← drafters ← support ← train_adapter ← bench, models, docs."""
     for other in imports(FILES[module]):
-        allowed = floor(other) <= floor(module) or (other in SHARED and floor(module) > 0)
-        allowed |= not imports(FILES[other])
-        assert allowed, f"{module} imports {other}"
+        assert floor(other) <= floor(module), f"{module} imports {other}"
 
 
 def test_the_three_files_need_no_other_room():
@@ -60,13 +68,6 @@ def test_the_three_files_need_no_other_room():
 def test_the_three_files_have_a_size(name, lines):
     """They are read from top to bottom: what makes one grow moves something else out."""
     assert FILES[name].read_text(encoding="utf-8").count("\n") <= lines
-
-
-def test_what_is_shared_needs_llama_alone():
-    """Else what lies below would use its own upper floors, by way of them."""
-    leaves = {module for module, path in FILES.items() if not imports(path)}
-    for module in SHARED:
-        assert imports(FILES[module]) <= leaves | {"llama", *SHARED}, module
 
 
 def test_programs_of_bench_share_two_modules():
