@@ -16,19 +16,23 @@ FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
 def swap(module, kind, make):
-    """Put make(m) in the place of every module m in `module` whose class is `kind`."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is kind:
-                setattr(parent, name, make(child))
+    """Put make(m) in the place of every module m in `module` whose class is `kind`.
+
+    Nothing here keeps one that was replaced: its weights are free before the next one is made.
+    """
+    for parent in [m for m in module.modules() if type(m) is not kind]:
+        for name in [name for name, child in parent.named_children() if type(child) is kind]:
+            setattr(parent, name, make(getattr(parent, name)))
     return module
 
 
 class FastRMSNorm(RMSNorm):
     """RMSNorm in few kernels: the variance of (x, −x) is the mean square of x.
 
-    F.layer_norm is one kernel where F.rms_norm is ten on a CPU, and at decode size the cost is the
-    number of kernels, not their work.
+    F.layer_norm is one kernel where F.rms_norm was ten on a CPU, and at decode size the cost is the
+    number of kernels, not their work. In PyTorch 2.13 F.rms_norm is as fast: 13 µs for 8 rows of
+    192 numbers where this is 14. It stays for older releases, and because all figures have its
+    rounding.
     """
 
     def __init__(self, norm):

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from dataclasses import replace
 from functools import cache
@@ -24,7 +25,7 @@ from support import command_line
 from support.checkpoint import load_llama, named_weights, read_config
 from support.decoder import Decoder, load
 from support.errors import UserError
-from support.packing import FastRMSNorm, PackedLinear, pack, use_fast_norms
+from support.packing import FastRMSNorm, PackedLinear, pack, swap, use_fast_norms
 
 import pytest
 import torch
@@ -520,6 +521,20 @@ def test_loading_holds_the_weights_and_no_second_copy(tmp_path, kind):
     result = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "tiny", tmp_path / "big"],
                             check=True, capture_output=True, cwd=Path(llama.__file__).parent)
     assert int(result.stdout) <= sum(files) + max(files) + 20e6
+
+
+def test_packing_keeps_no_matrix_that_it_has_replaced():
+    """Guards the memory of loading: a list of all modules kept every plain matrix until the last
+    one was packed, a second copy of the model."""
+    replaced, alive = [], []
+
+    def make(linear):
+        alive.append(sum(ref() is not None for ref in replaced))
+        replaced.append(weakref.ref(linear))
+        return torch.nn.Identity()
+
+    swap(random_model(), llama.Linear, make)
+    assert len(alive) == 4 * TINY.num_hidden_layers + 1 and not any(alive)
 
 
 # --------------------------------------------------------------------------------------------------
