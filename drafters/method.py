@@ -42,7 +42,7 @@ class Method:
 
     @classmethod
     def usual(cls, decoder):
-        """Its settings by name, where the user gives none. Those that it has no others are."""
+        """All settings that it has, by name, with the values where the user gives none."""
         return {"steps": STEPS}
 
     @classmethod
