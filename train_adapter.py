@@ -39,6 +39,7 @@ from support.errors import UserError, require
 from support.processes import Processes, end_together
 from support.program import run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
+from support.terminal import say
 from support.training_options import parse_adapter_arguments
 from support.training_text import Text
 
@@ -376,11 +377,11 @@ class Training:
             self.state = load_checkpoint(self.checkpoint, self.adapter, [self.optimizer], made_with)
         if self.first:
             if text.note():
-                print(text.note(), file=sys.stderr)
+                say(text.note())
             n = sum(p.numel() for p in self.adapter.parameters())
-            print(f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
-                  f"{self.target.exit_layer} · adapter {self.architecture}, {n / 1e6:.2f} M "
-                  f"parameters · {text.describe()}", file=sys.stderr)
+            say(f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
+                f"{self.target.exit_layer} · adapter {self.architecture}, {n / 1e6:.2f} M "
+                f"parameters · {text.describe()}")
             logged = trim_log(log, self.state["step"])
             self.evaluated = max((r["step"] for r in logged if "held_out" in r), default=0)
             self.progress = Progress(log, args.updates, self.state["step"])

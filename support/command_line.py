@@ -27,7 +27,7 @@ from support.decoder import (
 from support.errors import UserError, require
 from support.program import HELP, Parser, options, run_program
 from support.replay import Recorder, add_trace
-from support.terminal import DIM, Screen
+from support.terminal import DIM, Screen, say
 
 
 def flags_of_parts():
@@ -267,8 +267,8 @@ def run(args):
     all_ids = [decoder.encode(prompt) for prompt, _, _ in texts]  # errors come before any output
     decoder.make_room(all_ids, args.max_new_tokens)
     if args.model and decoder.template.note:
-        print(decoder.template.note, file=sys.stderr)
-    print(decoder.describe(args.drafter, settings), file=sys.stderr)
+        say(decoder.template.note)
+    say(decoder.describe(args.drafter, settings))
     screen = Screen(args.show_drafts, silent=args.json)
     if args.compare:
         methods = (args.drafter, None), ("none", None)
@@ -290,7 +290,7 @@ def run(args):
             print(json.dumps(results[-1]), flush=True)
     print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
     if text := warning(results, decoder, args.drafter):
-        print(text, file=sys.stderr)
+        say(text)
     return 0 if all(r.get("identical", True) for r in results) else 1
 
 

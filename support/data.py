@@ -19,6 +19,7 @@ from pathlib import Path
 
 from support.chat import encode_chat, encode_rendered, render_chat
 from support.errors import UserError
+from support.terminal import say
 
 import torch
 from torch.utils.data import DataLoader
@@ -103,7 +104,7 @@ def json_list(path, text, allow_truncated):
             what = f"{readable.format(line, found)} breaks ({e})"
             if not allow_truncated:
                 raise UserError(f"{what}; --allow-truncated goes on with these") from None
-            print(f"warning: {what}", file=sys.stderr)
+            say(f"warning: {what}")
             return
         yield line, entry
         found += 1

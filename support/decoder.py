@@ -12,7 +12,6 @@
 Nothing of the algorithm. Left out on purpose: several texts at once.
 """
 import hashlib
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -42,6 +41,7 @@ from support.graphs import (
 )
 from support.packing import pack
 from support.self_check import find_nonfinite, rows_are_alike
+from support.terminal import say
 from support.tokenizer import TextStream, Tokenizer
 from support.watch import WatchedDrafter
 
@@ -165,9 +165,8 @@ class Decoder:
 
     def warn_unless(self, rows_alike):
         if not rows_alike:
-            print(f"warning: {self.device} does not treat the rows of a {self.dtype} step of width "
-                  f"{self.width} alike, so the output may differ from vanilla decoding",
-                  file=sys.stderr)
+            say(f"warning: {self.device} does not treat the rows of a {self.dtype} step of width "
+                f"{self.width} alike, so the output may differ from vanilla decoding")
 
     def use_graphs(self, record=None):
         """Replay the decode steps from here on; `record` as in `graphs.Graphs`."""

@@ -22,7 +22,6 @@ a round at most. Follows PyTorch's notes "CUDA semantics: CUDA Graphs" and "Nume
 import contextlib
 import gc
 import os
-import sys
 import weakref
 
 from drafters.chain import ChainDrafter
@@ -43,6 +42,7 @@ from llama import (
 from support.device import pinned
 from support.packing import FUSED_NORM, FastRMSNorm, swap
 from support.self_check import rows_are_alike
+from support.terminal import say
 
 import torch
 import torch.nn.functional as F
@@ -252,8 +252,8 @@ class GraphedLlama:
         config = config or self.model.config
         if config in self.lent and self.lent[config]() is not None:
             # Two texts at once; or one that has ended, and something still knows its drafter.
-            print("warning: another text has the KV cache that CUDA graphs know: this one is "
-                  "decoded without them", file=sys.stderr)
+            say("warning: another text has the KV cache that CUDA graphs know: this one is "
+                "decoded without them")
             return self.model.new_cache(length, width, config)
         memory = self.memory.get(config)
         if memory is None or memory.length < length:

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 from support.errors import UserError
+from support.terminal import say
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,14 +31,14 @@ def run_program(name, run, interrupted="interrupted"):
     try:
         return run() or 0
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+        say(f"\n{interrupted}")
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
+        say(f"{name}: {e}")
         return 2
 
 

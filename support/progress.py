@@ -11,6 +11,7 @@ import time
 
 from support.checkpoint import write_atomically
 from support.errors import UserError
+from support.terminal import say
 
 import torch
 
@@ -35,12 +36,12 @@ class Progress:
         if self.live:  # what the terminal wraps could not be rewritten: 80 columns take this line
             line = line[:shutil.get_terminal_size().columns - 1] + "\033[K"
         end = "\r" if self.live and step < self.total else "\n"
-        print(line, end=end, file=sys.stderr, flush=True)
+        say(line, end)
         self.write({"step": step, **figures, "tokens_per_second": speed})
 
     def say(self, text):
         """A line that stays, in the place of the progress line."""
-        print(text + "\033[K" * self.live, file=sys.stderr)
+        say(text + "\033[K" * self.live)
 
     def write(self, record):
         with open(self.log, "a", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
-"""What is printed while decoding: text in colour, and drafts that can be wiped again.
+"""What is printed: lines for people, text in colour, and drafts that can be wiped again.
 
+    say                   a line for people, on standard error
     Screen.write, .show   text that stays, on standard output
     Screen.draft          a draft, dim, behind it; the next text wipes it
 
@@ -8,12 +9,20 @@ not drafts are shown. A draft never reaches the end of its line, so wiping it is
 and to erase what follows; nothing depends on where the terminal wraps or scrolls. What does not fit
 is not shown, a line break is ↵, and what has no certain width is ·. Nothing of the algorithm.
 """
+import contextlib
 import os
 import shutil
 import sys
 import unicodedata
 
 GREEN, DIM, PLAIN = "\033[32m", "\033[2m", "\033[0m"
+
+
+def say(text, end="\n"):
+    """A line for people, on standard error. That nobody reads it ends nothing."""
+    if sys.stderr is not None:  # print would take standard output in its place
+        with contextlib.suppress(OSError, ValueError):  # no reader any more; closed; a full disk
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 class Screen:
