@@ -24,13 +24,19 @@ Who writes what:
 Read first `generate`, then `KangarooDrafter.draft`; next `llama.py`. Left out on purpose: batches;
 draft trees and other methods (`drafters/`); files, text and the command line (`support/`).
 """
-import math
 import sys
+
+if __name__ == "__main__":  # as a program; here, because importing PyTorch takes a second
+    from support.start import main
+    sys.exit(main())
+
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from llama import CHAIN_WIDTH, Attention, RMSNorm, Rows, Sampler, one_shape
+from llama import Attention, RMSNorm, Rows, Sampler, one_shape
 from support.errors import UserError, require
+from support.limits import CHAIN_WIDTH
 
 import torch
 import torch.nn as nn
@@ -299,8 +305,3 @@ class Adapter(nn.Module):
         """Exit-layer states x (B, T, hidden_size) at positions (T,) -> what the LM head reads."""
         rows = Rows.at(self.config, positions, x, cache)
         return self.norm(x + self.self_attn(self.input_layernorm(x), rows, cache))
-
-
-if __name__ == "__main__":
-    from support.command_line import main
-    sys.exit(main())

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from support.attention import attend, make_mask
 from support.device import to_device
-from support.errors import require
+from support.limits import CHAIN_WIDTH, check_sampling
 
 import torch
 import torch.nn as nn
@@ -119,10 +119,6 @@ class KVCache:
         if path != list(range(1, len(path) + 1)):
             moved = to_device([start + node for node in path], self.rows.device)
             self.rows[:, :, :, start + 1:start + 1 + len(path)] = self.rows[:, :, :, moved]
-
-
-CHAIN_WIDTH = 8  # steps of up to 8 rows hold a chain, and use PyTorch's fused attention
-MAX_WIDTH = 64   # a step of more rows might not fit in a block of the cache
 
 
 def one_shape(x, start, cache, parents=None):
@@ -397,10 +393,7 @@ class Sampler:
     """
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        require(temperature == 0 or 1e-6 <= temperature < math.inf,
-                f"temperature {temperature}: must be 0 (greedy) or from 1e-6 on")
-        require(top_k >= 0, f"top_k {top_k}: must be at least 0 (0: off)")
-        require(0 < top_p <= 1, f"top_p {top_p}: must be in (0, 1]")
+        check_sampling(temperature, top_k, top_p)
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
 
     def noise(self, position, vocab_size, device):

@@ -26,16 +26,11 @@ from typing import NamedTuple
 
 from drafters.adapters import ADAPTERS, PartialHead, describe, load_adapter, new_adapter
 from kangaroo import STEPS, THRESHOLD, KangarooDrafter, generate
-from support.checkpoint import (
-    config_json,
-    load_llama,
-    trained_weights,
-    write_json,
-    write_safetensors,
-)
+from support.checkpoint import config_json, load_llama, trained_weights, write_safetensors
 from support.data import batches_of, digest
 from support.decoder import pick_device_and_dtype
 from support.errors import UserError, require
+from support.files import write_json
 from support.processes import Processes, end_together
 from support.program import run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
@@ -435,7 +430,7 @@ class Training:
         figures |= self.decode_prompts()
         self.progress.write({"step": self.state["step"], "held_out": figures})
         shown = " · ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        self.progress.say(f"held out: {shown}")
+        say(f"held out: {shown}")
         return figures
 
     @cached_property

@@ -46,9 +46,10 @@ from bench.common import (
 from drafters.adapters import LayerAdapter, PartialHead
 from kangaroo import WIDTH, Adapter
 from support.chat import find_chat_template
-from support.checkpoint import load_llama, read_config, write_atomically
+from support.checkpoint import load_llama, read_config
 from support.data import batches_of, encode, most_frequent, split
 from support.decoder import Settings, load, pick_device_and_dtype
+from support.files import write_atomically
 from support.packing import pack
 from support.program import refuse_below_one, run_program
 from support.tokenizer import Tokenizer
@@ -358,7 +359,7 @@ def main(argv=None):
             and (args.only is None or variant.name in args.only)]
     adapters = train_all(todo, args) if todo else []
     decoder = load(args.model, device=args.device, dtype=args.dtype, graphs=False,
-                   adapter=args.adapter or False)
+                   width=WIDTH, adapter=args.adapter or False)
     decoders = [(variant, with_adapter(decoder, adapter)) for variant, adapter in adapters]
     if args.adapter and "in full" not in results["variants"]:
         decoders.append((Variant("in full"), decoder))

@@ -28,15 +28,9 @@ from bench.common import compare, run_theirs, write_model_bin
 from drafters.adapters import load_adapter
 from kangaroo import STEPS, THRESHOLD, Adapter, KangarooDrafter
 from llama import KVCache, Llama, LlamaConfig, inverse_frequencies
-from support.checkpoint import (
-    build,
-    config_json,
-    load_llama,
-    named_weights,
-    read_json,
-    write_json,
-)
+from support.checkpoint import build, config_json, load_llama, named_weights
 from support.errors import UserError
+from support.files import read_json, write_json
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer
 

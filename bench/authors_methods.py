@@ -36,8 +36,9 @@ from drafters.lookahead import LookaheadDrafter, hang
 from drafters.medusa import TREE, MedusaDrafter, load_heads
 from kangaroo import Draft, NoDrafter
 from llama import KVCache
-from support.checkpoint import load_llama, named_weights, write_json
+from support.checkpoint import load_llama, named_weights
 from support.errors import UserError
+from support.files import write_json
 from support.program import Parser, run_program
 from support.tokenizer import Tokenizer
 

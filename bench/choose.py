@@ -1,23 +1,21 @@
-"""Choose γ and η for an adapter on real prompts, and print the table of all pairs; for a tree, K.
+"""Choose γ, η and the width for an adapter on real prompts, and print the table; for a tree, K.
 
-    python bench/choose.py --model DIR --adapter DIR --prompts FILE [--tree [--width 32]] [--write]
+    python bench/choose.py --model DIR --adapter DIR --prompts FILE [--widths 4 6 8] [--write]
+    python bench/choose.py --model DIR --adapter DIR --prompts FILE --tree [--widths 16] [--write]
     python bench/choose.py --model DIR --prompts FILE --methods kangaroo,lookup,sps --out FILE
-    python bench/choose.py --model DIR --adapter DIR --prompts FILE --widths 4 6 8
 
 Take prompts that no reported figure comes from. Each prompt is decoded once, then the drafter
 drafts from every position of the output. A draft follows from the tokens before it alone, so the
 rounds of any γ and η can be walked through on paper: the counts of tokens, rounds and drafts are
 exact (and compared with one real decode). The speedup is reckoned from these counts and the median
 times of a vanilla step, a draft step and a verification in this run: a noisy machine then shifts
-all entries alike. --write puts the best pair into the adapter's config.json.
-
---widths chooses the rows of a step too, by tokens a second: a CPU that is bound by arithmetic pays
-for each row, and a draft of γ tokens needs no more than γ + 1. The width is not the adapter's to
-say, because vanilla decoding has the same: the command that is printed last names it.
+all entries alike. The width, the rows of a step, is chosen by tokens per second: a CPU that is
+bound by arithmetic pays for each row, and a draft of γ tokens needs no more than γ + 1. --write
+puts the best into the adapter's config.json: what is fastest on this machine.
 
 --tree chooses K, γ and η of a draft tree, which takes as many nodes as the width has room for (the
 rows are computed anyway). Its growth depends on all three, so every prompt is decoded with every
-setting; run it for each width. A draft step is then a level of the tree.
+setting. A draft step is then a level of the tree.
 
 --methods decodes the prompts with the settings and widths of each method's `grid`, interleaved, and
 writes the fastest to --out, for `bench/spec_bench.py --settings`.
@@ -41,21 +39,20 @@ from bench.common import (
     parser_for,
     pick,
     progress,
-    refuse_tree_width,
     walk,
 )
 from bench.methods import Methods, add_flags, fastest_of, figures_of, names_of
-from drafters.tree import TREE_WIDTH
-from kangaroo import WIDTH
-from llama import CHAIN_WIDTH
-from support.checkpoint import read_json, write_json
-from support.command_line import make_sampler
-from support.decoder import Settings, drafter_named, load
-from support.errors import UserError
+from drafters.table import drafter_named
+from llama import Sampler
+from support.decoder import Settings, load
+from support.errors import UserError, require
+from support.files import read_json, write_json
+from support.limits import CHAIN_WIDTH, MAX_WIDTH, TREE_WIDTH
 from support.program import refuse_below_one, run_program
 
 TREE_GRID_STEPS, TREE_GRID_THRESHOLDS = (3, 4, 5, 6, 8), (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 CANDIDATES = 2, 4, 10
+WIDTHS = 2, 4, 6, 8
 
 
 def parse_arguments(argv):
@@ -63,10 +60,8 @@ def parse_arguments(argv):
                         new_tokens=128, longest=1024, dtype=None, device=None, out=None)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--tree", action="store_true")
-    parser.add_argument("--width", type=int,
-                        help=f"rows of a step of a tree (default: {TREE_WIDTH})")
-    parser.add_argument("--widths", type=int, nargs="+",
-                        help=f"rows of a step of a chain, 2 … {CHAIN_WIDTH} (default: {WIDTH})")
+    parser.add_argument("--widths", type=int, nargs="+", help="rows of a step: of a chain 2 … "
+                        f"{CHAIN_WIDTH} (default: {WIDTHS}), of a tree more ({TREE_WIDTH})")
     parser.add_argument("--write", action="store_true")
     add_flags(parser, default=None)
     args = parser.parse_args(argv)
@@ -77,14 +72,11 @@ def parse_arguments(argv):
         raise UserError("--out: is for --methods; --write puts the best into the adapter's folder")
     if not args.methods and args.adapter is None:
         raise UserError("give --adapter (see --help)")
-    args.width = (args.width or TREE_WIDTH) if args.tree else WIDTH
-    refuse_tree_width(args)
-    if args.widths and args.tree:
-        raise UserError("--widths: is for a chain; run --tree --width W for each width")
-    args.widths = args.widths or [args.width]
-    for width in args.widths if not args.tree else ():
-        if not 2 <= width <= CHAIN_WIDTH:
-            raise UserError(f"--widths {width}: must be from 2 to {CHAIN_WIDTH}")
+    args.widths = args.widths or ([TREE_WIDTH] if args.tree else WIDTHS)
+    least, most = (CHAIN_WIDTH + 1, MAX_WIDTH) if args.tree else (2, CHAIN_WIDTH)
+    for width in args.widths:
+        require(least <= width <= most, f"--widths {width}: must be from {least} to {most}"
+                + " for --tree" * args.tree)
     return args
 
 
@@ -107,7 +99,7 @@ def measure(decoder, prompts, args):
 
     The seconds are those of a vanilla step, a draft step and a verification.
     """
-    sampler = make_sampler(args.temperature, 0, 1.0, 2)
+    sampler = Sampler(args.temperature, seed=2)
     grid, tables, times = settings_to_try(args), [], []
     drafter = "tree" if args.tree else "kangaroo"
     for settings in {key(s)[0]: s for s in grid}.values():
@@ -150,7 +142,7 @@ def show(counts, speedup, tree):
 
 def grid_of(name):
     """The settings to decode with of a method; its usual ones, if it names none."""
-    return drafter_named(name).grid or [{}]
+    return drafter_named(name).cls.grid or [{}]
 
 
 def choose_methods(args):
@@ -211,7 +203,7 @@ def main(argv=None):
         args.width = width
         found.append(choose(args))
     speed, width, (candidates, steps, threshold) = max(found)
-    chosen, more = {"steps": steps, "threshold": threshold}, ""
+    chosen, more = {"steps": steps, "threshold": threshold, "width": width}, ""
     flags = f"--width {width} --steps {steps} --threshold {threshold}"
     if args.tree:
         chosen = {"tree": chosen | {"top_candidates": candidates, "nodes": width - 1}}

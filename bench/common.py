@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kangaroo import WIDTH, NoDrafter, generate
-from llama import CHAIN_WIDTH, MAX_WIDTH, Llama, Sampler
-from support import command_line
+from llama import Llama, Sampler
+from support import arguments, command_line
 from support.chat import encode_chat
-from support.checkpoint import build, config_json, named_weights, read_json, write_json
-from support.data import json_turns
+from support.checkpoint import build, config_json, named_weights
 from support.decoder import Settings, timed
 from support.errors import UserError
+from support.files import read_json, write_json
 from support.program import Parser
+from support.prompts import read_prompts
 from support.watch import TimedDrafter
 
 import torch
@@ -60,12 +61,6 @@ def parser_for(doc, **defaults):
     return parser
 
 
-def refuse_tree_width(args):
-    if args.tree and not CHAIN_WIDTH < args.width <= MAX_WIDTH:
-        raise UserError(f"--width {args.width}: must be above {CHAIN_WIDTH} and at most "
-                        f"{MAX_WIDTH} for --tree")
-
-
 class Asked(NamedTuple):
     """What options of kangaroo.py ask for, to decode one prompt after another with."""
     decoder: object
@@ -92,10 +87,10 @@ class Asked(NamedTuple):
 
 def asked_for(args, options):
     """The Asked of a model, an adapter and a list of further options of kangaroo.py."""
-    more = command_line.parse_arguments([
+    more = arguments.parse_arguments([
         "--prompt", "-", "--model", str(args.model), "--adapter", str(args.adapter),
         "--max-new-tokens", str(args.new_tokens), *options])
-    sampler = command_line.make_sampler(more.temperature, more.top_k, more.top_p, more.seed)
+    sampler = Sampler(more.temperature, more.top_k, more.top_p, more.seed)
     decoder, settings = command_line.prepare(more)
     return Asked(decoder, more.drafter, settings, sampler, args.new_tokens)
 
@@ -118,18 +113,9 @@ def pick(path, each=ALL, skip=0):
 
     The file is one of prompts, or of Spec-Bench's questions.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     taken, seen = [], Counter()
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        turns, category = [line], "prompts"
-        if line.startswith("{"):
-            turns = json_turns(line, f"{path}:{i}")
-            category = str(json.loads(line).get("category", category))
+    for i, turns, entry in read_prompts(path):
+        category = str(entry.get("category", "prompts"))
         category = "mt_bench" if category in MT_BENCH else category
         seen[category] += 1
         if skip < seen[category] <= skip + each:

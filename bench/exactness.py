@@ -18,7 +18,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import NEEDED, asked_for, machine, parser_for, pick, progress, results_of
-from support.checkpoint import write_atomically
+from support.files import write_atomically
 from support.program import refuse_below_one, run_program
 
 import torch

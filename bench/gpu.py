@@ -54,12 +54,13 @@ from bench.common import (
 )
 from drafters.adapters import describe
 from drafters.chain import ChainDrafter
-from drafters.tree import TREE_WIDTH
 from kangaroo import STEPS, WIDTH, Adapter, generate
 from llama import Llama, LlamaConfig, Sampler
-from support.checkpoint import build, write_atomically
+from support.checkpoint import build
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
+from support.files import write_atomically
 from support.graphs import CudaRecorder, GraphedChain, direct_recorder, fuse_pointwise
+from support.limits import TREE_WIDTH
 from support.packing import use_fast_norms
 from support.program import refuse_below_one, run_program
 from support.self_check import rows_are_alike
@@ -319,13 +320,13 @@ def shape(name, args, device, dtype):
 
 def stories(args, device, dtype):
     decoder = load(DEFAULT_MODEL, device=device, dtype=dtype_name(dtype), graphs=False,
-                   compile=args.compile)
+                   width=WIDTH, compile=args.compile)
     return figures(decoder, args, device, shipped=True)
 
 
 def model(args, device, dtype):
     decoder = load(args.model, device=device, dtype=dtype_name(dtype), graphs=False,
-                   compile=args.compile, adapter=args.adapter)
+                   width=WIDTH, compile=args.compile, adapter=args.adapter)
     return figures(decoder, args, device, shipped=True)
 
 

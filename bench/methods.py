@@ -13,29 +13,31 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import support.decoder
 from bench.common import decode, rotated
-from support import command_line
-from support.checkpoint import read_json, safetensors_entries
-from support.decoder import Settings, drafter_named, load, parts_needed, seed_of
+from drafters.table import DRAFTERS, drafter_named, parts_needed
+from llama import Sampler
+from support.arguments import asked_settings, parse_arguments
+from support.checkpoint import safetensors_entries
+from support.decoder import Settings, load, seed_of
 from support.errors import UserError, require
+from support.files import read_json
 
 WEIGHTS = "*.safetensors", "*.bin", "medusa_lm_head.pt"  # and no checkpoint of a training
 
 
 def drafting():
     """The names of all methods but vanilla decoding."""
-    return [cls.name for cls in support.decoder.DRAFTERS if cls.name != "none"]
+    return [name for name in DRAFTERS if name != "none"]
 
 
 def add_flags(parser, default="kangaroo,lookup"):
     """--methods, and what they need besides a model and its adapter."""
     parser.add_argument("--methods", default=default,
                         help=f"of {', '.join(drafting())}; one whose needs are missing is left out")
-    for name, cls in parts_needed().items():
+    for name, (part, _) in parts_needed().items():
         if name != "adapter":
             parser.add_argument(f"--{name.replace('_', '-')}", type=Path,
-                                help=f"{cls.part.help} (default: {cls.part.place} in the model's)")
+                                help=f"{part.help} (default: {part.place} in the model's)")
 
 
 def names_of(text):
@@ -49,7 +51,7 @@ def names_of(text):
 
 def read_settings(path):
     """{drafter: {"width": …, "steps": …, …}} of a file that choose.py has written."""
-    known = {name for cls in support.decoder.DRAFTERS for settings in cls.grid for name in settings}
+    known = {"width", *(name for entry in DRAFTERS.values() for name in entry.settings)}
     data = read_json(path)
     for name, values in data.items():
         require(name in drafting() and isinstance(values, dict) and known >= values.keys(),
@@ -113,8 +115,7 @@ class Methods:
     def __init__(self, args, options):
         self.args = args
         words = ["--prompt", "-", *options]
-        self.options = command_line.parse_arguments(words)
-        self.width = command_line.make_parser().parse_args(words).width  # None: not given
+        self.options = parse_arguments(words)
         if self.options.drafter != "kangaroo":
             raise UserError("--drafter and --tree: give --methods instead")
         self.decoders, self.methods, self.left_out = {}, {}, {}
@@ -136,17 +137,19 @@ class Methods:
         What kangaroo.py's options say comes before them. Left out if it needs what is not there.
         """
         found = dict(found or {})
-        width = found.pop("width", self.width or drafter_named(drafter).usual_width)
-        asked = command_line.asked_settings(self.options) if drafter != "none" else {}
-        decoder = self.decoder(width)
+        width, entry = found.pop("width", self.options.width), drafter_named(drafter)
+        found |= {key: value for key, value in asked_settings(self.options).items()
+                  if value is not None and key in entry.settings}
         try:
+            if width is None:
+                any_width = self.decoder(1)
+                any_width.require_part(entry.part)
+                width = entry.cls.usual_width(any_width, found)
+            decoder = self.decoder(width)
             settings = decoder.settings(drafter, **found)
         except UserError as e:
             self.left_out[name] = str(e)
             return
-        asked = {key: value for key, value in asked.items()
-                 if value is not None and hasattr(settings, key)}
-        settings = decoder.settings(drafter, **found | asked)
         if drafter != "none" and vanilla(width) not in self.methods:
             self.add(vanilla(width), "none", {"width": width})
         self.methods[name] = Method(decoder, drafter, settings)
@@ -158,8 +161,7 @@ class Methods:
         for turns in texts:
             said = [text for turn in turns for text in (turn, "")]
             prompts += [encode(turns[0]), encode(*said[:-1])]
-        most, sampler = max(map(len, texts)) * new_tokens, command_line.make_sampler(
-            o.temperature, o.top_k, o.top_p)
+        most, sampler = max(map(len, texts)) * new_tokens, Sampler(o.temperature, o.top_k, o.top_p)
         for method in self.methods.values():
             method.decoder.warm_up(prompts, most, [(method.drafter, None)], sampler,
                                    method.settings)
@@ -171,8 +173,7 @@ class Methods:
         follows vanilla's answer, at width 1, to the earlier one.
         """
         o, said, figures = self.options, [], []
-        sampler = command_line.make_sampler(o.temperature, o.top_k, o.top_p,
-                                            seed_of(o.seed, line - 1))
+        sampler = Sampler(o.temperature, o.top_k, o.top_p, seed_of(o.seed, line - 1))
         first = self.methods["vanilla, width 1"].decoder
         for turn in turns:
             said.append(turn)

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import llama
 import support.attention
 from bench.common import parser_for, pick, stopwatch
-from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH
+from drafters.tree import TOP_CANDIDATES, TREE_STEPS, TREE_THRESHOLD
 from kangaroo import WIDTH, generate
 from support.decoder import DEFAULT_MODEL, Settings, load
+from support.limits import TREE_WIDTH
 from support.program import refuse_below_one, run_program
 
 import torch

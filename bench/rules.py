@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.common import NEEDED, decode, ids_of, parser_for, pick, progress
-from kangaroo import STEPS
+from kangaroo import STEPS, WIDTH
 from llama import Sampler
 from support.decoder import Settings, load, seed_of
 from support.errors import UserError
@@ -76,7 +76,7 @@ def main(argv=None):
         raise UserError(f"--temperature {args.temperature}: must be above 0, greedy texts have no "
                         "such choice")
     decoder = load(args.model, device=args.device, dtype=args.dtype, graphs=False,
-                   adapter=args.adapter)
+                   width=WIDTH, adapter=args.adapter)
     settings, real = Settings(steps=args.steps, threshold=0.0), []
     found = {name: [] for name in RULES}
     for i, question in enumerate(progress(pick(args.prompts, args.each, args.skip))):

@@ -32,8 +32,8 @@ from bench.methods import (
     names_of,
     read_settings,
 )
-from support.checkpoint import read_json, write_atomically
 from support.errors import UserError
+from support.files import read_json, write_atomically
 from support.program import refuse_below_one, run_program
 
 SUBTASKS = {  # in the order of Spec-Bench's own tables

@@ -26,9 +26,9 @@ from bench.common import (
     weights_of,
 )
 from kangaroo import STEPS, THRESHOLD, WIDTH, generate
-from llama import MAX_WIDTH
 from support.decoder import Settings, load, pick_device_and_dtype
-from support.errors import UserError, require
+from support.errors import UserError
+from support.limits import check_width
 from support.program import refuse_below_one, run_program
 
 import torch
@@ -173,7 +173,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     refuse_below_one(args, "new_tokens", "repeats")
     for width in args.widths:
-        require(1 <= width <= MAX_WIDTH, f"--widths {width}: must be from 1 to {MAX_WIDTH}")
+        check_width(width)
     return args
 
 

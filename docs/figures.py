@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 from bench.ablations import PAPER, at, with_speedups
 from bench.spec_bench import SUBTASKS, needs, summarise
-from support.checkpoint import read_json
+from support.files import read_json
 
 from make import insert
 

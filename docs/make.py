@@ -15,10 +15,10 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
-from drafters.tree import TREE_WIDTH
-from support import command_line, replay
-from support.checkpoint import write_atomically
+from support import replay, start
 from support.decoder import DEFAULT_MODEL
+from support.files import write_atomically
+from support.limits import TREE_WIDTH
 
 PROMPT = "Once upon a time"
 
@@ -50,7 +50,7 @@ def recorded():
             words = ["--prompt", PROMPT, "--device", "cpu", "--dtype", "float32", "--width",
                      TREE_WIDTH, "--compare", "--trace", fresh, *flags,
                      *["--tree"] * method.endswith("tree")]
-            if status := command_line.main(list(map(str, words))):
+            if status := start.main(list(map(str, words))):
                 raise SystemExit(f"kangaroo.py ended with status {status}: nothing was written")
         write_atomically(page, fresh.read_bytes())
     return {trace["drafter"]: trace for trace in replay.read_page(page)}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support.checkpoint import write_atomically
 from support.decoder import load
 from support.errors import UserError
+from support.files import write_atomically
 from support.program import Parser, run_program
 from support.watch import WatchedDrafter
 

@@ -43,7 +43,7 @@ def execute(source, space, name):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(NOTEBOOK.parents[1]))
-    from support.checkpoint import write_atomically
+    from support.files import write_atomically
     found = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     run(found)
     text = json.dumps(found, ensure_ascii=False, indent=1, sort_keys=True) + "\n"

@@ -17,12 +17,12 @@ from support.checkpoint import (
     named_weights,
     pickle_entries,
     read_config,
-    read_json,
     refuse_misfit,
     safetensors_entries,
     vocabulary_ids,
 )
 from support.errors import require
+from support.files import read_json, require_folder
 from support.packing import use_fast_norms
 
 import torch
@@ -90,7 +90,8 @@ def new_adapter(cls, model):
 # Folders
 
 # What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
-SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int}
+SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int,
+            "width": int}
 
 
 def load_adapter(folder, model, exit_layer=None):
@@ -109,8 +110,8 @@ def load_adapter(folder, model, exit_layer=None):
         return describe(random_adapter(model), "random", facts,
                         exit_layer_of("random", facts, exit_layer, layers))
     folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: no such folder, --adapter wants one with config.json and "
-            "adapter.safetensors or pytorch_model.bin")
+    require_folder(folder, "--adapter", "one with config.json and adapter.safetensors or "
+                   "pytorch_model.bin")
     where = folder / "config.json"
     data = read_json(where)
     require("medusa_num_heads" not in data, f"{where}: holds Medusa heads, for --drafter medusa")

@@ -4,16 +4,12 @@ State between rounds: the adapter's KV cache, and how far it is valid. Rows of a
 committed token and the drafted ones. Needs: an adapter that was trained for the target.
 """
 from drafters.adapters import load_adapter
-from drafters.method import Method, Part, overrule
+from drafters.method import Method, overrule
 from kangaroo import STEPS, THRESHOLD, KangarooDrafter
-from support.packing import pack
 
 
 class ChainDrafter(Method, KangarooDrafter):
     """Kangaroo's chain."""
-    name = "kangaroo"
-    part = Part("adapter", "adapter", "--adapter", "DIR", "an adapter's folder, or `random`",
-                "adapter", " (or `random`), or --drafter lookup or none")
     grid = [{"width": 2, "steps": 1, "threshold": 0.2}] + [  # no η ends a draft of one token
         {"width": width, "steps": width - 1, "threshold": threshold}
         for width in (4, 8) for threshold in (0.2, 0.4, 0.6)]
@@ -23,14 +19,18 @@ class ChainDrafter(Method, KangarooDrafter):
         return overrule({"steps": STEPS, "threshold": THRESHOLD}, decoder.adapter.facts)
 
     @classmethod
+    def usual_width(cls, decoder, asked):
+        width = None if "steps" in asked else decoder.adapter.facts.get("width")
+        return width or super().usual_width(decoder, asked)
+
+    @classmethod
     def make(cls, decoder, settings):
         adapter = decoder.adapter
         return cls(decoder.model, adapter, adapter.exit_layer, settings.threshold, adapter.head)
 
     @classmethod
     def load(cls, path, decoder):
-        adapter = load_adapter(path, decoder.model, decoder.asked_exit_layer)
-        return pack(adapter, decoder.width)
+        return load_adapter(path, decoder.model, decoder.asked_exit_layer)
 
     @classmethod
     def describe(cls, decoder, settings):

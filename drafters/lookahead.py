@@ -25,6 +25,7 @@ import random
 from drafters.method import Method
 from kangaroo import Draft, NoDrafter
 from support.errors import require
+from support.limits import TREE_WIDTH
 
 # W, N and G: for a CPU, where a wide step is expensive.
 WINDOW, NGRAM, CANDIDATES = 6, 3, 2
@@ -32,7 +33,6 @@ WINDOW, NGRAM, CANDIDATES = 6, 3, 2
 
 class LookaheadDrafter(Method, NoDrafter):
     """Drafts a tree of `window` columns and of up to `candidates` n-grams of `ngram` tokens."""
-    name, usual_width = "lookahead", 16
     grid = [{"width": 16, "window": w, "ngram": n, "candidates": g}
             for w, n, g in ((6, 3, 2), (4, 3, 4), (3, 4, 2), (1, 4, 4))]
 
@@ -47,6 +47,10 @@ class LookaheadDrafter(Method, NoDrafter):
     def usual(cls, decoder):
         return {"steps": decoder.width - 1, "window": WINDOW, "ngram": NGRAM,
                 "candidates": CANDIDATES}
+
+    @classmethod
+    def usual_width(cls, decoder, asked):
+        return TREE_WIDTH
 
     @classmethod
     def make(cls, decoder, settings):

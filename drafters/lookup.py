@@ -9,7 +9,7 @@ from kangaroo import Draft, NoDrafter
 
 class PromptLookupDrafter(Method, NoDrafter):
     """Proposes what followed the latest earlier occurrence of the last `ngram` tokens."""
-    name, ngram = "lookup", 2
+    ngram = 2
     grid = [{"width": width, "steps": width - 1} for width in (2, 4, 8)]
 
     def draft(self, ids, n_max, cache):

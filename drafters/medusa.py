@@ -19,20 +19,20 @@ width above 8. Reads the heads that the authors' code saves (Medusa-1). Left out
 from pathlib import Path
 
 from drafters.adapters import PartialHead
-from drafters.method import Method, Part
+from drafters.method import Method
 from kangaroo import Draft, NoDrafter
 from llama import Linear
 from support.checkpoint import (
     build,
     load_weights,
     pickle_entries,
-    read_json,
     refuse_misfit,
     safetensors_entries,
     vocabulary_ids,
 )
 from support.errors import require
-from support.packing import pack
+from support.files import read_json
+from support.limits import CHAIN_WIDTH, TREE_WIDTH
 
 import torch
 import torch.nn as nn
@@ -79,9 +79,6 @@ class Heads(nn.Module):
 class MedusaDrafter(Method, NoDrafter):
     """Drafts each head's first choice; with `tree`, its paths of choices, at most width − 1 nodes.
     """
-    name = "medusa"
-    part = Part("heads", "Medusa heads", "--adapter", "DIR", "medusa: heads",
-                "medusa")
     grid = [{"width": width, "steps": width - 1} for width in (2, 3, 4)]
 
     def __init__(self, model, heads, tree=None):
@@ -100,7 +97,7 @@ class MedusaDrafter(Method, NoDrafter):
 
     @classmethod
     def load(cls, path, decoder):
-        return pack(load_heads(path, decoder.model), decoder.width)
+        return load_heads(path, decoder.model)
 
     @classmethod
     def describe(cls, decoder, settings):
@@ -143,12 +140,19 @@ class MedusaDrafter(Method, NoDrafter):
 
 class MedusaTreeDrafter(MedusaDrafter):
     """Drafts the tree of choices that the heads' folder names, its first `nodes` nodes."""
-    name, tree_of, usual_width = "medusa-tree", "medusa", 16
     grid = [{"width": width, "nodes": width - 1} for width in (9, 12, 16)]
 
     @classmethod
     def usual(cls, decoder):
         return super().usual(decoder) | {"nodes": len(decoder.heads.tree)}
+
+    @classmethod
+    def usual_width(cls, decoder, asked):
+        return max(CHAIN_WIDTH, asked.get("nodes", TREE_WIDTH - 1)) + 1
+
+    @classmethod
+    def drafts_trees(cls, width):
+        return True
 
     @classmethod
     def make(cls, decoder, settings):

@@ -23,11 +23,11 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-from drafters.method import Method, Part
-from kangaroo import Draft, NoDrafter
-from llama import CHAIN_WIDTH
+from drafters.method import Method
+from kangaroo import WIDTH, Draft, NoDrafter
 from support.checkpoint import safetensors_entries
 from support.errors import require
+from support.limits import CHAIN_WIDTH
 from support.tokenizer import vocabulary_digest
 
 import torch
@@ -115,9 +115,6 @@ class RestDrafter(Method, NoDrafter):
 
     nodes: None is as many as a step has room for.
     """
-    name = "rest"
-    part = Part("datastore", "datastore", "--datastore", "FILE", "what drafters/rest.py has made",
-                "datastore.safetensors")
     grid = [{"width": width, "steps": steps, "nodes": width - 1}
             for width, steps in ((4, 3), (8, 7), (12, 10), (16, 10))]
 
@@ -128,6 +125,10 @@ class RestDrafter(Method, NoDrafter):
     @classmethod
     def usual(cls, decoder):
         return {"steps": REST_STEPS, "nodes": decoder.width}
+
+    @classmethod
+    def usual_width(cls, decoder, asked):
+        return asked["nodes"] + 1 if "nodes" in asked else WIDTH
 
     @classmethod
     def make(cls, decoder, settings):

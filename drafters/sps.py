@@ -16,11 +16,11 @@ import math
 from functools import partial
 from pathlib import Path
 
-from drafters.method import Method, Part
+from drafters.method import Method
 from kangaroo import STEPS, Draft, NoDrafter, in_chunks
 from support.checkpoint import load_llama, read_config
 from support.errors import require
-from support.packing import pack
+from support.files import require_folder
 from support.tokenizer import Tokenizer, difference
 
 import torch.nn.functional as F
@@ -31,9 +31,6 @@ SPS_THRESHOLD = 0.0  # the papers draft γ tokens, however unsure
 class SpsDrafter(Method, NoDrafter):
     """Drafts a chain with `draft_model`, up to the first token whose top-1 probability is at or
     below `threshold`: at 0 none is."""
-    name = "sps"
-    part = Part("draft_model", "draft model", "--draft-model", "DIR", "a small model's folder",
-                "draft")
     grid = [{"width": width, "steps": width - 1, "threshold": threshold}
             for width in (4, 8) for threshold in (0.0, 0.3, 0.5)]
 
@@ -54,12 +51,11 @@ class SpsDrafter(Method, NoDrafter):
     def load(cls, path, decoder):
         """UserError unless it has the target's tokenizer: what it says in other tokens, the target
         would never accept."""
-        require(Path(path).is_dir(),
-                f"{path}: no such folder, --draft-model wants that of a small model")
+        require_folder(path, "--draft-model", "that of a small model")
         what = difference(decoder.tokenizer, Tokenizer(path, read_config(path)))
         require(not what, f"{path}: has another tokenizer than {decoder.folder} ({what}), "
                 "--draft-model wants a model with the same")
-        model = pack(load_llama(path, decoder.device, decoder.dtype), decoder.width)
+        model = load_llama(path, decoder.device, decoder.dtype)
         model.source = str(path)
         return model
 

@@ -15,8 +15,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from drafters.medusa import Heads, MedusaDrafter
-from support.checkpoint import trained_weights, write_json, write_safetensors
+from support.checkpoint import trained_weights, write_safetensors
 from support.errors import require
+from support.files import write_json
 from support.program import options, refuse_below_one, run_program
 from support.training_options import make_parser, prepare_folder, refuse_wrong_values
 from train_adapter import LOSSES, Distribution, States, Target, Training
@@ -116,7 +117,8 @@ class MedusaTraining(Training):
 def parse_arguments(argv):
     parser = make_parser("drafters/train_medusa.py", "--heads K", "Train Medusa's heads for a "
                          "Llama. See docs/training.md.")
-    options(parser)("--heads", "K", "heads, each for a position further ahead", 3, type=int)
+    option, _ = options(parser)
+    option("--heads", "K", "heads, each for a position further ahead", 3, type=int)
     # What `Training` asks of, and heads have no choice in.
     parser.set_defaults(learn="target", init=None, exit_layer=None)
     args = parser.parse_args(argv)

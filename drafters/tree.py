@@ -11,9 +11,10 @@ from drafters.method import overrule
 from kangaroo import Draft
 from llama import one_shape
 from support.device import to_device
+from support.limits import CHAIN_WIDTH, TREE_WIDTH
 
-# γ, η, the rows of a step and the most children of a node. A wide step costs vanilla more, too.
-TREE_STEPS, TREE_THRESHOLD, TREE_WIDTH, TOP_CANDIDATES = 8, 0.2, 16, 10
+# γ, η and the most children of a node.
+TREE_STEPS, TREE_THRESHOLD, TOP_CANDIDATES = 8, 0.2, 10
 
 
 class Node(NamedTuple):
@@ -31,7 +32,6 @@ class TreeDrafter(ChainDrafter):
     A node is followed further if its confidence is above `threshold`. nodes: None is as many as a
     step has room for.
     """
-    name, tree_of, usual_width = "tree", "kangaroo", TREE_WIDTH
     grid = [{"width": 16, "steps": steps, "threshold": threshold, "top_candidates": candidates,
              "nodes": 15}
             for steps in (4, 8) for threshold in (0.05, 0.2) for candidates in (4, 10)]
@@ -47,6 +47,16 @@ class TreeDrafter(ChainDrafter):
         usual = {"steps": TREE_STEPS, "threshold": TREE_THRESHOLD, "top_candidates": TOP_CANDIDATES,
                  "nodes": decoder.width}
         return overrule(usual, decoder.adapter.facts.get("tree", {}))
+
+    @classmethod
+    def usual_width(cls, decoder, asked):
+        facts = decoder.adapter.facts.get("tree", {})
+        width = None if "nodes" in asked else facts.get("width")
+        return width or max(CHAIN_WIDTH, ({"nodes": TREE_WIDTH - 1} | facts | asked)["nodes"]) + 1
+
+    @classmethod
+    def drafts_trees(cls, width):
+        return True
 
     @classmethod
     def make(cls, decoder, settings):

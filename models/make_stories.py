@@ -25,17 +25,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from llama import Llama, LlamaConfig, Sampler
-from support.checkpoint import (
-    config_json,
-    named_weights,
-    read_json,
-    write_atomically,
-    write_json,
-    write_safetensors,
-)
+from support.checkpoint import config_json, named_weights, write_safetensors
 from support.data import batches_of
 from support.decoder import load, pick_device_and_dtype
 from support.errors import UserError
+from support.files import read_json, write_atomically, write_json
 from support.program import Parser, refuse_below_one, run_program
 from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
 from train_adapter import learning_rate

@@ -14,8 +14,8 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
-from support.checkpoint import read_json
 from support.errors import UserError
+from support.files import read_json
 from support.tokenizer import read_metadata
 
 SOURCES = {

@@ -6,9 +6,7 @@ Nothing of the algorithm. What a config.json asks for and `llama.py` does not do
 """
 import ctypes
 import hashlib
-import json
 import math
-import os
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -17,43 +15,14 @@ from pathlib import Path
 
 from llama import Linear, Llama, LlamaConfig
 from support.errors import UserError, require
+from support.files import read_json, require_folder, write_atomically
 from support.packing import use_fast_norms
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 
 # --------------------------------------------------------------------------------------------------
-# Files
-
-def read_json(path):
-    """The object in a JSON file, as a dict."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a JSON {type(data).__name__}, an object is needed")
-    return data
-
-
-def write_json(path, data):
-    write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
-
-
-def write_atomically(path, data):
-    """Write bytes so that at any moment `path` holds all of the old ones or all of the new ones."""
-    path = Path(path)
-    try:
-        with open(path.with_name(path.name + ".tmp"), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
-
+# Writing weights
 
 def write_safetensors(path, tensors, facts=None):
     """Write {name: tensor}, and {name: text} of facts, atomically.
@@ -371,9 +340,7 @@ def load_llama(folder, device="cpu", dtype=torch.float32):
     Weights are cast to `dtype` one tensor at a time.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
-                        "*.safetensors or pytorch_model*.bin")
+    require_folder(folder, "--model")
     model = build(Llama, read_config(folder), device, dtype)
     tensors, opened = {}, {}
     for path in weight_files(folder):

@@ -1,7 +1,6 @@
-"""Text files -> documents and prompts -> token ids, and which of them an adapter shall learn.
+"""Text files -> documents -> token ids, and which of them an adapter shall learn.
 
-    read_documents -> encode, by Windows -> batches_of    for training
-    read_prompts, json_turns                              for decoding
+    read_documents -> encode, by Windows -> batches_of
 
 Nothing of the algorithm. UserError names file and line.
 """
@@ -11,11 +10,9 @@ import json
 import os
 import random
 import re
-import sys
 import zlib
 from itertools import chain, count
 from os.path import commonprefix
-from pathlib import Path
 
 from support.chat import encode_chat, encode_rendered, render_chat
 from support.errors import UserError
@@ -306,50 +303,3 @@ def most_frequent(examples, size, vocab_size, eos):
     ranked[list(eos)] = counts.max() + 1
     ids = ranked.argsort(descending=True, stable=True)[:size].sort().values
     return ids, counts[ids].sum().item() / max(1, counts.sum().item())
-
-
-# --------------------------------------------------------------------------------------------------
-# Prompts
-
-def read_prompts(prompt, file):
-    """The prompts of --prompt or of the file --prompts, a list of strings, none of them empty."""
-    if prompt is not None:
-        try:
-            prompt = sys.stdin.read() if prompt == "-" else prompt
-            prompt.encode()  # bytes of the command line that are not UTF-8 become lone surrogates
-        except UnicodeError as e:
-            raise UserError(f"the prompt is not UTF-8 ({e})") from None
-        if not prompt.strip():
-            raise UserError("the prompt is empty, --prompt wants some text")
-        return [prompt]
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {file}: cannot be read "
-                        f"({getattr(e, 'strerror', None) or e})") from None
-    lines = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
-        raise UserError(f"--prompts {file}: holds no prompt")
-    if not (file.endswith(".jsonl") or lines[0][1].startswith("{")):
-        return [line for _, line in lines]
-    return [json_turns(line, f"{file}:{i}")[0] for i, line in lines]
-
-
-def json_turns(line, where):
-    """What the user says in a line of JSON: a list of texts, usually of one."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON ({e})") from None
-    entry = entry if isinstance(entry, dict) else {}
-    turns = [entry["prompt"]] if entry.get("prompt") else entry.get("turns")
-    if not isinstance(turns, list) or not turns or not all(map(is_text, turns)):
-        raise UserError(f"{where}: wants an object with a text `prompt`, or with `turns`, a list "
-                        "of texts")
-    return turns
-
-
-def is_text(turn):
-    """A lone surrogate, which JSON can escape, is no text."""
-    return isinstance(turn, str) and turn.strip() and not any(
-        "\ud800" <= c <= "\udfff" for c in turn)

@@ -18,19 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace as Settings  # of a drafter: what its `usual` names
 from typing import NamedTuple
 
-from drafters.chain import ChainDrafter
-from drafters.lookahead import LookaheadDrafter
-from drafters.lookup import PromptLookupDrafter
-from drafters.medusa import MedusaDrafter, MedusaTreeDrafter
-from drafters.method import Vanilla
-from drafters.rest import RestDrafter
-from drafters.sps import SpsDrafter
-from drafters.tree import TreeDrafter
+from drafters.table import DRAFTERS, drafter_named, parts_needed
 from kangaroo import WIDTH, NotFinite, Round, generate
-from llama import MAX_WIDTH, Sampler
+from llama import Sampler
 from support.chat import encode_chat, find_chat_template
 from support.checkpoint import load_llama, read_config
 from support.errors import UserError, require
+from support.files import require_folder
 from support.graphs import (
     GRAPHED,
     GraphedLlama,
@@ -39,6 +33,7 @@ from support.graphs import (
     fuse_pointwise,
     graph_part,
 )
+from support.limits import check_width
 from support.packing import pack
 from support.self_check import find_nonfinite, rows_are_alike
 from support.terminal import say
@@ -48,26 +43,6 @@ from support.watch import WatchedDrafter
 import torch
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "models" / "stories"
-# All that can be had by name. Each says of itself what is to be known: drafters/method.py.
-DRAFTERS = (ChainDrafter, TreeDrafter, MedusaDrafter, MedusaTreeDrafter, LookaheadDrafter,
-            PromptLookupDrafter, SpsDrafter, RestDrafter, Vanilla)
-
-
-def drafter_named(name):
-    """The class of a drafter; UserError if there is none of this name."""
-    names = {cls.name: cls for cls in DRAFTERS}
-    require(name in names,
-            f"--drafter {name}: no such drafter, choose from {', '.join(names)}")
-    return names[name]
-
-
-def parts_needed():
-    """{name: the first class that needs it} of what drafters need beside the model."""
-    needed = {}
-    for cls in DRAFTERS:
-        if cls.part:
-            needed.setdefault(cls.part.name, cls)
-    return needed
 
 
 def pick_device_and_dtype(device=None, dtype=None, tf32=False):
@@ -95,11 +70,13 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
     return device, getattr(torch, dtype)
 
 
-def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=WIDTH, chat=None, system=None,
-         exit_layer=None, tf32=False, compile=False, graphs=True, **parts):
+def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=None, drafter="kangaroo",
+         asked=None, chat=None, system=None, exit_layer=None, tf32=False, compile=False,
+         graphs=True, **parts):
     """A Decoder for a model folder.
 
-    device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more than 8.
+    device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more than 8. None:
+    as many as suit `drafter`, a name, with the settings `asked`, a dict (8, if it lacks its part).
     system: a message before all turns, if the chat template takes one; where the folder has no
     template, `template.note` says what is taken. exit_layer: overrides the adapter's. tf32,
     compile, graphs: for a GPU only.
@@ -113,27 +90,41 @@ def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=WIDTH, chat=None
     for name in parts:
         if name not in needed:
             raise TypeError(f"load() got an unexpected keyword argument {name!r}")
-    require(folder.is_dir(), f"{folder}: no such folder, --model wants one with config.json and "
-            "*.safetensors or pytorch_model*.bin")
-    require(1 <= width <= MAX_WIDTH, f"--width {width}: must be from 1 to {MAX_WIDTH}")
+    require_folder(folder, "--model")
+    if width is not None:
+        check_width(width)
+    entry = drafter_named(drafter)
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
     tokenizer = Tokenizer(folder, read_config(folder))
     llama = load_llama(folder, device, dtype)
     llama.config = tokenizer.with_ends(llama.config)
-    decoder = Decoder(folder, llama, tokenizer, chat, template, width, exit_layer)
-    for name, cls in needed.items():
+    decoder = Decoder(folder, llama, tokenizer, chat, template, exit_layer=exit_layer)
+    for name, (part, first) in needed.items():
         path = parts.get(name)
-        if path is None and (folder / cls.part.place).exists():
-            path = folder / cls.part.place
-        setattr(decoder, name, cls.load(path, decoder) if path else None)
-    pack(llama, width)
+        if path is None and (folder / part.place).exists():
+            path = folder / part.place
+        setattr(decoder, name, DRAFTERS[first].cls.load(path, decoder) if path else None)
+    if width is None:
+        there = entry.part is None or getattr(decoder, entry.part.name) is not None
+        asked = {name: value for name, value in (asked or {}).items() if value is not None}
+        width = entry.cls.usual_width(decoder, asked) if there else WIDTH
+        check_width(width)
+    decoder.width = width
+    modules = [part for part in (llama, *decoder.parts()) if hasattr(part, "modules")]
+    for module in modules:
+        pack(module, width)
     if compile:
-        fuse_pointwise(*[part for part in (llama, *decoder.parts()) if hasattr(part, "modules")])
+        fuse_pointwise(*modules)
     decoder.warn_unless(width == 1 or rows_are_alike(llama, width))
     if device.type == "cuda" and graphs:
         decoder.use_graphs()
     return decoder
+
+
+def lacks(folder, part):
+    """What to say where a Part is missing."""
+    return f"no {part.words} for {folder}: give {part.flag} {part.metavar}{part.hint}"
 
 
 class Piece(NamedTuple):
@@ -190,12 +181,12 @@ class Decoder:
         UserError for what the drafter does not have, or it or the width does not allow; TypeError
         for a name that no drafter has.
         """
-        cls = drafter_named(drafter)
-        self.require_part(cls)
+        entry = drafter_named(drafter)
+        self.require_part(entry.part)
+        cls, asked = entry.cls, {name: v for name, v in asked.items() if v is not None}
         values = cls.usual(self)
-        asked = {name: value for name, value in asked.items() if value is not None}
         for name in asked.keys() - values.keys():
-            if not any(name in settings for other in DRAFTERS for settings in other.grid):
+            if not any(name in other.settings for other in DRAFTERS.values()):
                 raise TypeError(f"unexpected keyword argument {name!r}: {drafter} has "
                                 f"{', '.join(values)}")
             raise UserError(f"--{name.replace('_', '-')}: --drafter {drafter} has none, it has "
@@ -206,12 +197,10 @@ class Decoder:
         cls.check(settings, self.width)
         return settings
 
-    def require_part(self, cls):
-        """UserError unless there is what this drafter needs."""
-        part = cls.part
+    def require_part(self, part):
+        """UserError unless there is this Part, or none is needed."""
         require(part is None or getattr(self, part.name) is not None,
-                part and f"no {part.words} for {self.folder}: give {part.flag} {part.metavar}"
-                f"{part.hint}")
+                part and lacks(self.folder, part))
 
     def describe(self, drafter="kangaroo", settings=None):
         """All that decides what is decoded and how fast, in one line."""
@@ -226,8 +215,9 @@ class Decoder:
                            str(self.dtype).removeprefix("torch."), f"chat template {self.chat}"])
 
     def describe_drafter(self, drafter, settings=None):
-        cls = drafter_named(drafter)
-        return f"drafter {cls.describe(self, settings or self.settings(drafter))}"
+        cls = drafter_named(drafter).cls
+        words = cls.describe(self, settings or self.settings(drafter))
+        return f"drafter {words or drafter}"
 
     def make_room(self, prompts, max_new_tokens):
         """Before decoding these lists of ids with graphs: room in the caches for the longest.
@@ -267,17 +257,17 @@ class Decoder:
 
     def drafter(self, name="kangaroo", settings=None):
         """A drafter by its name."""
-        cls = drafter_named(name)
-        self.require_part(cls)
-        make = GRAPHED.get(cls, cls) if self.graphed else cls
+        entry = drafter_named(name)
+        self.require_part(entry.part)
+        make = GRAPHED.get(entry.cls, entry.cls) if self.graphed else entry.cls
         return make.make(self, settings or self.settings(name))
 
     def rounds(self, ids, drafter="kangaroo", max_new_tokens=128, sampler=None, width=None,
                settings=None, eos=None):
         """Decode a list of ids; returns an iterator of a `kangaroo.Round` for every verification.
 
-        drafter: a name of one in DRAFTERS, or a drafter of one's own. sampler: None is greedy.
-        width: None is the decoder's own, which the weights are packed for. settings: as
+        drafter: a name that drafters/table.py has, or a drafter of one's own. sampler: None is
+        greedy. width: None is the decoder's own, which the weights are packed for. settings: as
         `self.settings` returns them. eos: the ids that end a text; None is the model's own.
         """
         named = isinstance(drafter, str)
@@ -353,7 +343,7 @@ class Decoder:
 
     def drafts_trees(self, drafter):
         """Whether the drafts of a drafter, or of its name, are trees."""
-        cls = drafter_named(drafter) if isinstance(drafter, str) else type(drafter)
+        cls = drafter_named(drafter).cls if isinstance(drafter, str) else type(drafter)
         return hasattr(cls, "drafts_trees") and cls.drafts_trees(self.width)
 
 
@@ -366,8 +356,14 @@ def statistics_of(ids, pieces, trees=False):
               "accepted": [r.accepted for r in rounds],
               "seconds": sum(piece.seconds for piece in pieces)}
     if trees:
-        result["trees"] = [{"tokens": r.draft.tokens, "parents": r.draft.parents,
-                            "confidence": r.draft.confidence, "accepted": r.path} for r in rounds]
+        return result | {"trees": [{"tokens": r.draft.tokens, "parents": r.draft.parents,
+                                    "confidence": r.draft.confidence, "accepted": r.path}
+                                   for r in rounds]}
+    # Of the rounds that drafted at least so many tokens, the share that accepted as many.
+    pairs, longest = list(zip(result["drafted"], result["accepted"])), max(result["drafted"])
+    result["accepted_by_position"] = [
+        sum(a >= w for _, a in pairs) / sum(d >= w for d, _ in pairs)
+        for w in range(1, longest + 1)]
     return result
 
 

@@ -28,7 +28,6 @@ from drafters.chain import ChainDrafter
 from drafters.tree import TreeDrafter
 from kangaroo import Adapter
 from llama import (
-    CHAIN_WIDTH,
     MLP,
     Attention,
     KVCache,
@@ -40,6 +39,7 @@ from llama import (
     silu_and_multiply,
 )
 from support.device import pinned
+from support.limits import CHAIN_WIDTH
 from support.packing import FUSED_NORM, FastRMSNorm, swap
 from support.self_check import rows_are_alike
 from support.terminal import say

@@ -5,8 +5,9 @@ Nothing of the algorithm.
 import argparse
 import contextlib
 import os
+import re
+import shutil
 import sys
-from functools import partial
 
 from support.errors import UserError
 from support.terminal import say
@@ -14,6 +15,8 @@ from support.terminal import say
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, as all errors are, in place of the usage
+        if match := re.match("argument (--[^:]*): expected .*one argument", message):
+            message += f"; if it begins with - write {match[1]}=-…"
         raise UserError(message)
 
 
@@ -42,15 +45,25 @@ def run_program(name, run, interrupted="interrupted"):
         return 2
 
 
-def options(parser):
-    """A function option(name, metavar, text, default, **more) that adds a flag.
+def options(parser, title=None):
+    """Two functions that add options, under a title: option(name, metavar, text, default, **more),
+    and flag(name, text, *names, **more), which takes no value.
 
     The help tells the default; one that depends on other things is told in the text.
     """
+    group = parser.add_argument_group(title) if title else parser
+
     def option(name, metavar, text, default=None, **more):
         text += "" if default is None else f" (default: {default})"
-        parser.add_argument(name, metavar=metavar, default=default, help=text, **more)
-    return option
+        group.add_argument(name, metavar=metavar, default=default, help=text, **more)
+
+    def flag(name, text, *names, action="store_true"):
+        group.add_argument(*names, name, help=text, action=action)
+
+    return option, flag
 
 
-HELP = partial(argparse.HelpFormatter, max_help_position=23, width=100)  # of the two long lists
+def formatter(prog):
+    """Help as wide as the terminal, up to 100 columns; line breaks of a description stay."""
+    width = min(100, shutil.get_terminal_size().columns)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=23, width=width)

@@ -5,13 +5,12 @@ Nothing of the algorithm.
 import contextlib
 import io
 import json
-import shutil
 import sys
 import time
 
-from support.checkpoint import write_atomically
 from support.errors import UserError
-from support.terminal import say
+from support.files import write_atomically
+from support.terminal import is_terminal, say, status
 
 import torch
 
@@ -21,7 +20,7 @@ class Progress:
 
     def __init__(self, log, total, done=0):
         self.log, self.total, self.first, self.begin = log, total, done, time.perf_counter()
-        self.tokens, self.live = 0, sys.stderr.isatty()
+        self.tokens, self.live = 0, is_terminal(sys.stderr)
 
     def report(self, step, figures, tokens):
         self.tokens += tokens
@@ -33,15 +32,8 @@ class Progress:
         bar = "█" * (10 * step // self.total)
         line = (f"{bar:░<10} {step}/{self.total} · {shown} · {speed:,.0f} tokens/s · "
                 f"{left / 60:.0f} min left")
-        if self.live:  # what the terminal wraps could not be rewritten: 80 columns take this line
-            line = line[:shutil.get_terminal_size().columns - 1] + "\033[K"
-        end = "\r" if self.live and step < self.total else "\n"
-        say(line, end)
+        (status if self.live and step < self.total else say)(line)
         self.write({"step": step, **figures, "tokens_per_second": speed})
-
-    def say(self, text):
-        """A line that stays, in the place of the progress line."""
-        say(text + "\033[K" * self.live)
 
     def write(self, record):
         with open(self.log, "a", encoding="utf-8") as file:

@@ -13,10 +13,9 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-import support.decoder
+from drafters.table import DRAFTERS, drafter_named
 from kangaroo import KangarooDrafter
-from support.checkpoint import write_atomically
-from support.decoder import drafter_named
+from support.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("replay.html")
 HERE = "<!-- here replay.py puts the traces, as tables and as JSON -->"
@@ -35,7 +34,7 @@ class Recorder:
         self.decoder, self.prompt, self.ids, self.drafter = decoder, prompt, list(ids), drafter
         self.prompt_length, self.settings = len(ids), decoder.settings(drafter, **settings)
         self.threshold = getattr(self.settings, "threshold", 0.0)
-        self.kangaroo = issubclass(drafter_named(drafter), KangarooDrafter)
+        self.kangaroo = issubclass(drafter_named(drafter).cls, KangarooDrafter)
         context = decoder.model.config.max_position_embeddings
         self.end = min(len(ids) + max_new_tokens, context)
         self.rounds, self.pieces = [], []
@@ -180,7 +179,7 @@ def add_trace(path, trace):
                   if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
     except (OSError, ValueError, LookupError, TypeError):
         others = []
-    order = [cls.name for cls in support.decoder.DRAFTERS]
+    order = list(DRAFTERS)
     traces = sorted([trace, *others], key=lambda trace: order.index(trace["drafter"]))
     write_atomically(path, page(traces).encode())
 

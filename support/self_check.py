@@ -1,6 +1,7 @@
 """What is looked at before a text, or after one went wrong: does this device keep the assumption
 of one shape, and where does a NaN come from? Nothing of the algorithm."""
-from llama import CHAIN_WIDTH, KVCache
+from llama import KVCache
+from support.limits import CHAIN_WIDTH
 
 import torch
 

@@ -16,8 +16,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from support.checkpoint import read_json
 from support.errors import UserError
+from support.files import read_json
 
 from sentencepiece import SentencePieceProcessor
 

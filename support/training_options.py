@@ -4,12 +4,11 @@ Nothing of the algorithm. What only the model can tell (its layers, its vocabula
 it is loaded, by `Training`.
 """
 import math
-from functools import partial
 from pathlib import Path
 
 from drafters.adapters import ADAPTERS
 from support.errors import UserError, require
-from support.program import HELP, Parser, options, refuse_below_one
+from support.program import Parser, formatter, options, refuse_below_one
 
 LEARN = "target", "text"
 
@@ -17,9 +16,9 @@ LEARN = "target", "text"
 def make_parser(prog, needs, description):
     """A parser with the options that adapters and Medusa's heads share; `needs` is what else its
     usage names."""
-    parser = Parser(prog=Path(prog).name, formatter_class=HELP, description=description,
+    parser = Parser(prog=Path(prog).name, formatter_class=formatter, description=description,
                     usage=f"python {prog} --model DIR --data FILE… {needs} --out DIR")
-    option, flag = options(parser), partial(parser.add_argument, action="store_true")
+    option, flag = options(parser)
     option("--model", "DIR", "the target, a Hugging Face folder", type=Path, required=True)
     option("--data", "FILE", "ShareGPT conversations (JSON list, JSONL) or text, also .gz",
            nargs="+", required=True)
@@ -50,8 +49,8 @@ def make_parser(prog, needs, description):
     option("--dtype", "TYPE", "of the target: float32, bfloat16, float16 (default: bfloat16 where "
            "the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, … (default: cuda if there is one)")
-    flag("--resume", help="go on from the checkpoint in --out")
-    flag("--allow-truncated", help="take what is readable of a JSON list that breaks off")
+    flag("--resume", "go on from the checkpoint in --out")
+    flag("--allow-truncated", "take what is readable of a JSON list that breaks off")
     return parser
 
 
@@ -59,7 +58,7 @@ def parse_adapter_arguments(argv, losses):
     """The arguments of train_adapter.py. UserError names the option that is wrong."""
     parser = make_parser("train_adapter.py", "--exit-layer ℓ", "Train Kangaroo's adapter for a "
                          "Llama. See docs/training.md.")
-    option = options(parser)
+    option, _ = options(parser)
     option("--exit-layer", "ℓ", "layers that draft, with the adapter", type=int)
     option("--architecture", "NAME", "attention, or layer (attention and an MLP)", "attention")
     option("--init", "DIR", "begin from this adapter, with its architecture (default: from a new "

@@ -6,10 +6,10 @@ from dataclasses import replace
 from datetime import datetime
 
 from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
-from support.command_line import main
 from support.data import encode, prompt_of
 from support.decoder import load
 from support.errors import UserError
+from support.start import main
 from support.tokenizer import Tokenizer
 
 import pytest

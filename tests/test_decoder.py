@@ -5,9 +5,10 @@ import shutil
 
 import kangaroo
 from drafters.lookup import PromptLookupDrafter
+from drafters.table import DRAFTERS
 from drafters.tree import TreeDrafter
 from llama import Sampler
-from support.decoder import DRAFTERS, load
+from support.decoder import load
 from support.errors import UserError
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_sampler_or_its_settings(decoder):
     assert texts[0] == texts[1] and texts[2] == texts[3] and len({*texts[1:3], *texts[4:]}) == 5
     with pytest.raises(UserError, match="a sampler or a temperature, not both"):
         decoder.generate(PROMPT, sampler=Sampler(), temperature=1.0)
-    with pytest.raises(UserError, match="^temperature -1: must be 0"):
+    with pytest.raises(UserError, match="^--temperature -1: must be 0"):
         decoder.generate(PROMPT, temperature=-1)
 
 
@@ -146,7 +147,7 @@ def test_where_parts_come_from(folder, tmp_path):
 
 def test_a_drafter_of_ones_own_making(decoder):
     """Guards an instance: other texts than its name has, or one text only."""
-    names = [cls.name for cls in DRAFTERS if cls.name in ("kangaroo", "tree", "lookup", "none")]
+    names = [name for name in DRAFTERS if name in ("kangaroo", "tree", "lookup", "none")]
     samplers = [Sampler(), Sampler(5.0, seed=1), Sampler(5.0, seed=2)]
     for name in names:
         drafter = decoder.drafter(name, decoder.settings(name, steps=4))

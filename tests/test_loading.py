@@ -21,7 +21,7 @@ from drafters.adapters import load_adapter
 from drafters.lookup import PromptLookupDrafter
 from kangaroo import NoDrafter, NotFinite, generate
 from llama import Linear, RMSNorm, inverse_frequencies
-from support import command_line
+from support import start
 from support.checkpoint import load_llama, named_weights, read_config
 from support.decoder import Decoder, load
 from support.errors import UserError
@@ -630,12 +630,12 @@ def test_published_folders_decode_and_train(tmp_path, capfd):
     as_published(tmp_path)
     common = ["--model", str(tmp_path / "model"), "--prompt", "stones", "--compare", "--json",
               "--threshold", "0", "--device", "cpu", "--dtype", "float32"]
-    assert command_line.main([*common, "--adapter", str(tmp_path / "adapter"), "--exit-layer",
+    assert start.main([*common, "--adapter", str(tmp_path / "adapter"), "--exit-layer",
                               "1"]) == 0, capfd.readouterr().err
     before = json.loads(capfd.readouterr().out)
     assert train(tmp_path) == 0, capfd.readouterr().err
     capfd.readouterr()
-    assert command_line.main([*common, "--adapter", str(tmp_path / "trained")]) == 0
+    assert start.main([*common, "--adapter", str(tmp_path / "trained")]) == 0
     after = json.loads(capfd.readouterr().out)
     assert before["identical"] and after["identical"] and before["ids"] == after["ids"]
     assert before["drafted"][0] == 6 and before["ids"]

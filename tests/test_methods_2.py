@@ -11,7 +11,7 @@ from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
 from drafters.medusa import TREE, Heads, MedusaDrafter, load_heads
 from kangaroo import NoDrafter, generate
 from llama import Sampler
-from support import command_line
+from support import start
 from support.checkpoint import build, load_llama, named_weights
 from support.decoder import Settings, load
 from support.errors import UserError
@@ -373,7 +373,7 @@ def cli(folder, capfd):
     def run(*args):
         words = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--prompt",
                  "Once upon a time", "--max-new-tokens", 24, *args]
-        return command_line.main([str(word) for word in words]), *capfd.readouterr()
+        return start.main([str(word) for word in words]), *capfd.readouterr()
     return run
 
 

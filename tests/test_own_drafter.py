@@ -1,7 +1,7 @@
 """A drafter of one's own, in one file: what it takes to have it in Python, on the command line, in
 bench/ and on the replay page.
 
-The file is TOY. It stands in the tuple DRAFTERS of support/decoder.py, and nothing else is changed.
+The file is TOY. It has an Entry in drafters/table.py, and nothing else is changed.
 """
 import importlib
 import json
@@ -9,8 +9,9 @@ import re
 
 import kangaroo
 from bench import choose
+from drafters.table import DRAFTERS, Entry, Part
 from llama import Sampler
-from support import command_line, decoder, replay
+from support import replay, start
 from support.decoder import load
 from support.errors import UserError
 from support.program import run_program
@@ -25,7 +26,7 @@ TOY = '''
 import json
 from pathlib import Path
 
-from drafters.method import Method, Part
+from drafters.method import Method
 from kangaroo import Draft, NoDrafter
 from support.errors import require
 
@@ -35,8 +36,6 @@ class Counts(dict):
 
 
 class ToyDrafter(Method, NoDrafter):
-    name = "toy"
-    part = Part("counts", "counts", "--counts", "FILE", "which token follows which", "counts.json")
     grid = [{"width": width, "steps": width - 1, "least": least}
             for width in (2, 4) for least in (1, 2)]
 
@@ -97,7 +96,8 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(importlib.sys.modules, "toy_drafter", raising=False)
     cls = importlib.import_module("toy_drafter").ToyDrafter
-    monkeypatch.setattr(decoder, "DRAFTERS", (*decoder.DRAFTERS, cls))
+    part = Part("counts", "counts", "--counts", "FILE", "which token follows which", "counts.json")
+    monkeypatch.setitem(DRAFTERS, "toy", Entry("toy_drafter.ToyDrafter", ("steps", "least"), part))
     return cls
 
 
@@ -107,13 +107,13 @@ def cli(folder, capfd):
     def run(*args):
         words = ["--model", folder / "model", "--device", "cpu", "--dtype", "float32", "--prompt",
                  PROMPT, "--max-new-tokens", 40, "--drafter", "toy", *args]
-        return command_line.main([str(word) for word in words]), *capfd.readouterr()
+        return start.main([str(word) for word in words]), *capfd.readouterr()
     return run
 
 
 def test_in_python(toy, folder):
     """By its name and as an instance, with its setting, and with a text that is vanilla's."""
-    found = load(folder / "model", **HERE, counts=folder / "counts.json")
+    found = load(folder / "model", **HERE, drafter="toy", counts=folder / "counts.json")
     assert found.counts.source == str(folder / "counts.json")
     for sampler in (None, Sampler(1.0, seed=3)):
         vanilla = found.generate(PROMPT, "none", 40, sampler)[0]
@@ -126,10 +126,10 @@ def test_in_python(toy, folder):
         assert sampler or any(own["accepted"])
     assert not any(found.generate(PROMPT, "toy", 40, least=99)[1]["drafted"])
     assert vars(found.settings("toy", least=2)) == {"steps": 5, "least": 2}
-    assert found.describe("toy").endswith("drafter toy with counts.json, least 1 · width 8")
+    assert found.describe("toy").endswith("drafter toy with counts.json, least 1 · width 6")
     with pytest.raises(TypeError, match="'most'.*toy has steps, least"):
         found.generate(PROMPT, "toy", most=1)
-    with pytest.raises(UserError, match="^--steps 8: must be from 0 to 7"):
+    with pytest.raises(UserError, match="^--steps 8: must be from 0 to 5"):
         found.generate(PROMPT, "toy", steps=8)
 
 
@@ -154,7 +154,7 @@ def test_on_the_command_line(toy, folder, cli):
     assert status == 0, err
     result = json.loads(out)
     assert result["identical"] and len(result["ids"]) == 40 and sum(result["accepted"])
-    assert "drafter toy with counts.json, least 1 · width 8" in err
+    assert "drafter toy with counts.json, least 1 · width 6" in err
     status, out, err = cli("--counts", folder / "counts.json", "--steps", 2, "--json")
     assert status == 0 and max(json.loads(out)["drafted"]) == 2
     assert json.loads(out)["ids"] == result["ids"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import train_adapter
 from drafters.tree import TreeDrafter
 from llama import Sampler
-from support import command_line
+from support import start
 from support.graphs import CudaRecorder, GraphedLlama, Graphs
 
 import pytest
@@ -107,7 +107,7 @@ def folder(tmp_path_factory):
 def test_the_command_line(gpu, more, folder, capsys):
     """python kangaroo.py --device cuda: from a folder to a text that is vanilla's."""
     more = [*more, "--draft-model", str(folder)] if "sps" in more else more
-    status = command_line.main(["--model", str(folder), "--prompt", "Once upon a time", "--json",
+    status = start.main(["--model", str(folder), "--prompt", "Once upon a time", "--json",
                                 "--device", "cuda", "--max-new-tokens", "12", *more])
     out, err = capsys.readouterr()
     assert status == 0 and "warning: cuda" not in err, err

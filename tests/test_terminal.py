@@ -10,9 +10,10 @@ import threading
 import unicodedata
 
 from drafters.medusa import Heads
+from drafters.table import DRAFTERS
 from llama import Sampler
-from support import command_line, terminal
-from support.decoder import DRAFTERS, load
+from support import start, terminal
+from support.decoder import load
 
 import pytest
 from helpers import datastore, random_weights, write_adapter, write_model
@@ -99,7 +100,8 @@ def test_drafts_leave_no_trace(columns, prompt, rounds):
     screen, plain = Emulator(columns), Emulator(columns)
     out, err, bare = Stream(screen), Stream(screen), Stream(plain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal, "can_wipe", lambda: True)
+        patch.setattr(terminal, "one_terminal", lambda: True)
+        patch.setenv("TERM", "xterm")
         patch.setattr(terminal.shutil, "get_terminal_size",
                       lambda: os.terminal_size((columns, 24)))
         patch.delenv("NO_COLOR", raising=False)
@@ -146,7 +148,7 @@ def decoder(folder):
     return decoder
 
 
-@pytest.mark.parametrize("drafter", [cls.name for cls in DRAFTERS])
+@pytest.mark.parametrize("drafter", list(DRAFTERS))
 def test_a_draft_is_told_before_it_is_verified(decoder, drafter):
     """Of every drafter: what was told last before a round is its draft, of a tree one path; the
     text stays the same. A chain that grows by tokens is told so."""
@@ -213,7 +215,8 @@ class Pty:
 
 
 def decode_on_a_terminal(folder, columns, *args, **environment):
-    """What a terminal receives, but for the summary, which has seconds in it."""
+    """What a terminal receives, but for the line that stands while the model is loaded, and the
+    summary, which has seconds in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("NO_COLOR", raising=False)
         patch.delenv("COLUMNS", raising=False)
@@ -225,10 +228,12 @@ def decode_on_a_terminal(folder, columns, *args, **environment):
                  "--max-new-tokens", 40, "--temperature", 5, *args]
         words += ["--threshold", 0] if "--drafter" not in args else []  # only Kangaroo has it
         try:
-            status = command_line.main([str(word) for word in words])
+            status = start.main([str(word) for word in words])
         finally:
             text = pty.close()
     assert status == 0, text
+    text, loading = re.subn("\r\033\\[Kloading model …\r\033\\[K", "", text)
+    assert loading == (environment.get("TERM", "xterm") not in (None, "", "dumb"))
     return text[:text.index("40 tokens in")]
 
 
@@ -252,10 +257,10 @@ def test_on_a_terminal(folder, columns, args):
 @pytest.mark.parametrize("environment", [
     {"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": None}, {"TERM": ""}], ids=str)
 def test_plain_where_drafts_cannot_be_wiped(folder, environment):
-    """The same bytes as without the flag."""
+    """The same bytes as without the flag; no codes where the terminal has none."""
     plain, text = (decode_on_a_terminal(folder, 60, *flag, **environment)
                    for flag in ([], ["--show-drafts"]))
-    assert text == plain and "\033[K" not in text
+    assert text == plain and "\033" not in text
 
 
 def test_plain_in_pipes(folder, capfd):
@@ -263,12 +268,12 @@ def test_plain_in_pipes(folder, capfd):
     outputs = []
     for flag in ([], ["--show-drafts"]):
         words = ["--model", folder, "--device", "cpu", "--prompt", PROMPT, *flag]
-        assert command_line.main(list(map(str, words))) == 0
+        assert start.main(list(map(str, words))) == 0
         out, err = capfd.readouterr()
-        outputs.append((out[:out.index("128 tokens in")], err))
+        outputs.append((out, err[:err.index("128 tokens in")]))
     assert outputs[0] == outputs[1]
 
 
 def test_not_with_json(capfd):
-    assert command_line.main(["--prompt", "a", "--json", "--show-drafts"]) == 2
+    assert start.main(["--prompt", "a", "--json", "--show-drafts"]) == 2
     assert "--show-drafts" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import kangaroo
-from support import command_line, replay
+from support import replay, start
 from support.decoder import load
 
 import pytest
@@ -41,7 +41,7 @@ def run(model, tmp_path, capfd):
             "--model", folder, "--device", "cpu", "--dtype", "float32", "--max-new-tokens", 40,
             "--prompt", prompt, "--json", "--trace", page, *args
         ]
-        status, (out, err) = command_line.main([str(word) for word in words]), capfd.readouterr()
+        status, (out, err) = start.main([str(word) for word in words]), capfd.readouterr()
         assert status == 0, err
         data = replay.read_page(page)[0] if page.exists() else None
         if data is None:
@@ -224,7 +224,7 @@ def test_recording_changes_nothing(run, model, capfd):
     """The same ids as without --trace, the same pieces, and no hook left behind, whether a text
     has come to its end or not."""
     _, result, page = run(*CONFIDENT)
-    command_line.main(["--model", str(model), "--device", "cpu", "--dtype", "float32",
+    start.main(["--model", str(model), "--device", "cpu", "--dtype", "float32",
                        "--max-new-tokens", "40", "--prompt", PROMPT, "--json",
                        *map(str, CONFIDENT)])
     plain = json.loads(capfd.readouterr().out)
@@ -302,7 +302,7 @@ def test_refused_before_decoding(model, tmp_path, capfd, args, word):
     (tmp_path / "two").write_text("one\ntwo\n")
     args = [arg.format(two=tmp_path / "two", folder=tmp_path) for arg in args]
     page = str(tmp_path / "page.html")
-    status = command_line.main(["--trace", page, "--model", str(model), *args])
+    status = start.main(["--trace", page, "--model", str(model), *args])
     out, err = capfd.readouterr()
     assert (status, out) == (2, "") and re.fullmatch(r"kangaroo\.py: --trace [^\n]+\n",
                                                      err) and word in err
@@ -696,13 +696,13 @@ def test_what_was_rejected_can_be_read_at_its_word(several, tmp_path, hash):
     two = [next(t for t in traces if t["drafter"] == name) for name in hash[1:].split(",")]
     wanted = [[] for _ in told["hover"]]
     for trace in two:
-        for r, (start, end) in zip(trace["rounds"], spans(trace)):
+        for r, (begin, end) in zip(trace["rounds"], spans(trace)):
             for node in range(1, len(r["drafted"]) + 1):
                 if node not in r["path"]:
                     token = r["drafted"][node - 1]
                     label = token["label"].replace("\n", "↵").strip(" ") or "·"
                     sure = f"{label} {100 * token['confidence']:.0f}\u00a0%"
-                    wanted[min(start + depths(r)[node], end) - 1].append(sure)
+                    wanted[min(begin + depths(r)[node], end) - 1].append(sure)
     assert any(wanted)
     for found in (told["hover"], told["typed"]):
         assert [sorted(tip["alternatives"]) for tip in found] == list(map(sorted, wanted))

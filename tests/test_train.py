@@ -26,7 +26,7 @@ from drafters.adapters import ADAPTERS, load_adapter, new_adapter
 from kangaroo import KangarooDrafter, generate
 from llama import KVCache
 from models import own_answers
-from support import command_line, processes, training_text
+from support import processes, start, training_text
 from support.chat import CHAT_TEMPLATES, render_chat
 from support.checkpoint import load_llama, read_config
 from support.data import (
@@ -1127,7 +1127,7 @@ def adapter(request, folder):
 
 
 def decode(folder, adapter, *args):
-    return command_line.main([
+    return start.main([
         str(word) for word in [
             "--model", folder / "model", "--adapter", adapter, "--device", "cpu", "--dtype",
             "float32", "--prompt", TEXT[0], "--max-new-tokens", 40, "--chat", "zephyr", *args
