@@ -18,6 +18,7 @@ from pathlib import Path
 from llama import Linear, Llama, LlamaConfig
 from support.errors import UserError, require
 from support.packing import use_fast_norms
+from support.terminal import say
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
@@ -279,6 +280,12 @@ def fill(weight, tensor, name):
     return sample(tensor)
 
 
+def file_entries(path, opened):
+    """{name: (shape, function that reads it)} of a file of either format."""
+    return (safetensors_entries(path) if path.suffix == ".safetensors" else
+            pickle_entries(path, opened))
+
+
 def read_tensor(path, name):
     with safe_open(path, framework="pt") as file:  # closed again: the pages are not ours for longer
         return file.get_tensor(name)
@@ -361,6 +368,11 @@ def fingerprint(samples):
 # --------------------------------------------------------------------------------------------------
 # Model folders
 
+# In transformers' order.
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+               "pytorch_model.bin.index.json")
+
+
 def is_constant(name):
     return name.endswith("rotary_emb.inv_freq")  # old checkpoints store it
 
@@ -377,10 +389,8 @@ def load_llama(folder, device="cpu", dtype=torch.float32):
     model = build(Llama, read_config(folder), device, dtype)
     tensors, opened = {}, {}
     for path in weight_files(folder):
-        entries = (safetensors_entries(path) if path.suffix == ".safetensors" else
-                   pickle_entries(path, opened))
         tensors |= {name.removeprefix("model."): entry
-                    for name, entry in entries.items() if not is_constant(name)}
+                    for name, entry in file_entries(path, opened).items() if not is_constant(name)}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # some files store the tied matrix twice
     model.fingerprint = fingerprint(load_weights(model, tensors, folder))
@@ -388,16 +398,21 @@ def load_llama(folder, device="cpu", dtype=torch.float32):
 
 
 def weight_files(folder):
-    """The paths of the files that a model's weights are in: safetensors, if there are such."""
-    looked_for = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, single = folder / f"{name}.index.json", folder / name
-        if index.exists():
-            return shards(index)
-        if single.exists():
-            return [single]
-        looked_for += [single.name, index.name]
-    raise UserError(f"{folder}: weights are missing, looked for {', '.join(looked_for)}")
+    """The paths of the files that a model's weights are in."""
+    path = first_of(folder, MODEL_FILES)
+    require(path, f"{folder}: weights are missing, looked for {', '.join(MODEL_FILES)}")
+    return shards(path) if path.suffix == ".json" else [path]
+
+
+def first_of(folder, names):
+    """The path of the first of these files that the folder has, or None.
+
+    A line says so if it has more: they may be of an older save.
+    """
+    found = [name for name in names if (folder / name).exists()]
+    if len(found) > 1:
+        say(f"note: {folder}: the weights are those of {found[0]}, not of {', '.join(found[1:])}")
+    return folder / found[0] if found else None
 
 
 def shards(index):

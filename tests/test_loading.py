@@ -374,11 +374,28 @@ def test_all_faults_of_the_weights_are_told_at_once(tmp_path, kind):
         assert words in str(error.value)
 
 
-def test_safetensors_win_where_both_are(tmp_path):
-    """Guards against the older of two formats, which may hold an older model."""
+@pytest.mark.parametrize("kind, shards, other", [
+    ("safetensors", 2, "model.safetensors.index.json"),
+    ("bin", 2, "pytorch_model.bin.index.json"), ("bin", 1, "pytorch_model.bin")])
+def test_of_two_saves_transformers_choice_is_loaded(tmp_path, capfd, kind, shards, other):
+    """Guards against an older save, beside which its own save_pretrained leaves a newer one, and
+    against silence on there being two."""
+    write(tmp_path, {name: 2 * t for name, t in file_tensors().items()}, shards, kind=kind)
+    load_llama(tmp_path)
+    assert not capfd.readouterr().err
     write(tmp_path, file_tensors())
-    write(tmp_path, {name: 2 * t for name, t in file_tensors().items()}, 2, kind="bin")
     assert torch.equal(load_llama(tmp_path).norm.weight, file_tensors()["model.norm.weight"])
+    assert capfd.readouterr().err == (
+        f"note: {tmp_path}: the weights are those of model.safetensors, not of {other}\n")
+
+
+def test_of_two_adapters_one_is_named(tmp_path, capfd):
+    """Guards against an adapter that is another than the last one copied there."""
+    model = random_model()
+    write_adapter(tmp_path, TINY)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    load_adapter(tmp_path, model)
+    assert "those of adapter.safetensors, not of pytorch_model.bin" in capfd.readouterr().err
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
