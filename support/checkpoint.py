@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -386,15 +386,34 @@ def load_llama(folder, device="cpu", dtype=torch.float32):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
                         "*.safetensors or pytorch_model*.bin")
-    model = build(Llama, read_config(folder), device, dtype)
-    tensors, opened = {}, {}
+    config, tensors, opened = read_config(folder), {}, {}
     for path in weight_files(folder):
         tensors |= {name.removeprefix("model."): entry
                     for name, entry in file_entries(path, opened).items() if not is_constant(name)}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some files store the tied matrix twice
+    if config.tie_word_embeddings:
+        config = untie_other_head(folder, config, tensors)
+    model = build(Llama, config, device, dtype)
     model.fingerprint = fingerprint(load_weights(model, tensors, folder))
     return use_fast_norms(model).eval()
+
+
+def untie_other_head(folder, config, tensors):
+    """The LlamaConfig of a tied model: not tied if the files hold another head than the embedding.
+
+    What they hold twice, or by the head's name alone, is left in `tensors` as the embedding.
+    """
+    head = tensors.pop("lm_head.weight", None)
+    if head is None or equal(head, tensors.setdefault("embed_tokens.weight", head)):
+        return config
+    say(f"note: {folder}: lm_head.weight is used, it is not the embedding's matrix, though "
+        "config.json says tie_word_embeddings")
+    tensors["lm_head.weight"] = head
+    return replace(config, tie_word_embeddings=False)
+
+
+def equal(a, b):
+    """Whether two entries (shape, function that reads) are of the same numbers."""
+    return a is b or tuple(a[0]) == tuple(b[0]) and bool((a[1]() == b[1]()).all())
 
 
 def weight_files(folder):
