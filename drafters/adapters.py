@@ -19,6 +19,7 @@ from support.checkpoint import (
     named_weights,
     read_config,
     read_json,
+    refuse_lora,
     refuse_misfit,
     vocabulary_ids,
 )
@@ -112,6 +113,7 @@ def load_adapter(folder, model, exit_layer=None):
     folder = Path(folder)
     require(folder.is_dir(), f"{folder}: no such folder, --adapter wants one with config.json and "
             "adapter.safetensors or pytorch_model.bin")
+    refuse_lora(folder)
     where = folder / "config.json"
     data = read_json(where)
     require("medusa_num_heads" not in data, f"{where}: holds Medusa heads, for --drafter medusa")

@@ -90,6 +90,7 @@ def read_config(folder):
 
     UserError if the model is no Llama, or one that `llama.py` would compute wrongly.
     """
+    refuse_lora(Path(folder))
     path = Path(folder) / "config.json"
     data = {"model_type": "(missing)"} | read_json(path)
 
@@ -137,6 +138,13 @@ def read_config(folder):
             f"{config.num_key_value_heads}")
     require(config.head_dim % 2 == 0, f"{path}: head_dim = {config.head_dim} must be even")
     return config
+
+
+def refuse_lora(folder):
+    path = folder / "adapter_config.json"
+    require(not path.exists(), f"{path}: a LoRA is not applied, merge it into its model: from peft "
+            "import AutoPeftModelForCausalLM as Lora; Lora.from_pretrained"
+            f"({str(folder)!r}).merge_and_unload().save_pretrained('merged')")
 
 
 def refuse_quantised(path, data):

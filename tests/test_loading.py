@@ -211,6 +211,18 @@ def test_quantised_folders_are_refused_by_name(tmp_path, name, data, words):
     assert "{" not in message and "only float32, bfloat16 and float16" in message
 
 
+def test_a_lora_is_refused_by_name(tmp_path):
+    """Guards against the text of the model without it, where transformers applies it; and against
+    a question for config.json, which a LoRA alone has not."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for read in (load_llama, lambda folder: load_adapter(folder, random_model())):
+        with pytest.raises(UserError, match=r"adapter_config.json: a LoRA .*merge_and_unload\(\)"):
+            read(tmp_path)
+    write(tmp_path, file_tensors())
+    with pytest.raises(UserError, match="adapter_config.json: a LoRA"):
+        load_llama(tmp_path)
+
+
 def test_the_context_ends_where_a_window_would_slide(tmp_path):
     """Guards against tokens computed with keys that a Mistral's window has dropped, a prompt that
     is refused for a field with another value, and an end that nobody was told of."""
