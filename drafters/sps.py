@@ -56,10 +56,11 @@ class SpsDrafter(Method, NoDrafter):
         would never accept."""
         require(Path(path).is_dir(),
                 f"{path}: no such folder, --draft-model wants that of a small model")
-        what = difference(decoder.tokenizer, Tokenizer(path, read_config(path)))
+        config = read_config(path)
+        what = difference(decoder.tokenizer, Tokenizer(path, config))
         require(not what, f"{path}: has another tokenizer than {decoder.folder} ({what}), "
                 "--draft-model wants a model with the same")
-        model = pack(load_llama(path, decoder.device, decoder.dtype), decoder.width)
+        model = pack(load_llama(path, decoder.device, decoder.dtype, config), decoder.width)
         model.source = str(path)
         return model
 

@@ -123,14 +123,15 @@ def read_config(folder):
         rope_scaling=tuple(number(name, kind=float, source=rope)
                            for name in ROPE_FIELDS[rope_type]),
         tie_word_embeddings=data.get("tie_word_embeddings") or False,
-        bos_token_id=data.get("bos_token_id"), eos_token_ids=eos_ids(folder),
+        bos_token_id=data.get("bos_token_id"), eos_token_ids=eos_ids(folder, number("vocab_size")),
         sliding_window=window if window < context else None)
     require(rope_type != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
             f"{path}: low_freq_factor = {rope.get('low_freq_factor')} must be below "
             f"high_freq_factor = {rope.get('high_freq_factor')}")
     require(isinstance(config.tie_word_embeddings, bool),
             f"{path}: tie_word_embeddings = {config.tie_word_embeddings!r}, must be true or false")
-    require(config.bos_token_id is None or config.bos_token_id in range(config.vocab_size),
+    bos = config.bos_token_id
+    require(bos is None or type(bos) is int and bos in range(config.vocab_size),  # True is no id
             f"{path}: bos_token_id = {config.bos_token_id!r}, must be below vocab_size = "
             f"{config.vocab_size}")
     require(heads % config.num_key_value_heads == 0,
@@ -141,6 +142,7 @@ def read_config(folder):
 
 
 def refuse_lora(folder):
+    """UserError if peft saved a LoRA in this folder, beside a model or alone."""
     path = folder / "adapter_config.json"
     require(not path.exists(), f"{path}: a LoRA is not applied, merge it into its model: from peft "
             "import AutoPeftModelForCausalLM as Lora; Lora.from_pretrained"
@@ -198,16 +200,19 @@ def slides(path, data):
     return data.get("use_sliding_window") is not False or "sliding_attention" in kinds
 
 
-def eos_ids(folder):
+def eos_ids(folder, vocab_size):
     """The end-of-sequence ids that config.json and generation_config.json name, ascending."""
     found = set()
     for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
         ids = read_json(path).get("eos_token_id") if path.exists() else None
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(isinstance(i, int) for i in ids):
+        if not all(type(i) is int for i in ids):
             raise UserError(f"{path}: eos_token_id = {ids!r}, must be an integer or a list of "
                             "integers")
-        found |= set(ids)
+        beyond = [i for i in ids if i not in range(vocab_size)]
+        for i in beyond:
+            say(f"note: {path}: eos_token_id = {i} ends no text, vocab_size is {vocab_size}")
+        found |= {*ids} - {*beyond}
     return tuple(sorted(found))
 
 
@@ -385,16 +390,16 @@ def is_constant(name):
     return name.endswith("rotary_emb.inv_freq")  # old checkpoints store it
 
 
-def load_llama(folder, device="cpu", dtype=torch.float32):
+def load_llama(folder, device="cpu", dtype=torch.float32, config=None):
     """A Llama from a Hugging Face folder: config.json, and the files that `weight_files` finds.
 
-    Weights are cast to `dtype` one tensor at a time.
+    Weights are cast to `dtype` one tensor at a time. config: if config.json has been read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, --model wants one with config.json and "
                         "*.safetensors or pytorch_model*.bin")
-    config, tensors, opened = read_config(folder), {}, {}
+    config, tensors, opened = config or read_config(folder), {}, {}
     for path in weight_files(folder):
         tensors |= {name.removeprefix("model."): entry
                     for name, entry in file_entries(path, opened).items() if not is_constant(name)}

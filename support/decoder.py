@@ -118,9 +118,9 @@ def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=WIDTH, chat=None
     require(1 <= width <= MAX_WIDTH, f"--width {width}: must be from 1 to {MAX_WIDTH}")
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
-    tokenizer = Tokenizer(folder, read_config(folder))
-    llama = load_llama(folder, device, dtype)
-    llama.config = tokenizer.with_ends(llama.config)
+    config = read_config(folder)
+    tokenizer = Tokenizer(folder, config)
+    llama = load_llama(folder, device, dtype, tokenizer.with_ends(config))
     decoder = Decoder(folder, llama, tokenizer, chat, template, width, exit_layer)
     for name, cls in needed.items():
         path = parts.get(name)

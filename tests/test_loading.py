@@ -140,6 +140,19 @@ def test_eos_ids_are_those_of_both_files(tmp_path, generation, ids):
     assert load_config(tmp_path, {"eos_token_id": 2}, generation).eos_token_ids == ids
 
 
+def test_an_end_that_cannot_occur_is_left_out(tmp_path, capfd):
+    """Guards against an index error in training, where the ends of texts are counted, and against
+    saying it twice."""
+    write_model(tmp_path)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"eos_token_id": [-1, 3, 340]}')
+    decoder = load(tmp_path, draft_model=tmp_path, device="cpu", dtype="float32")
+    assert decoder.model.config.eos_token_ids == (2, 3)
+    lines = [f"note: {generation}: eos_token_id = {i} ends no text, vocab_size is 340\n"
+             for i in (-1, 340)]
+    assert capfd.readouterr().err == 2 * "".join(lines)  # the model's and the draft model's
+
+
 @pytest.mark.parametrize(
     "changes, field",
     [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
@@ -170,7 +183,8 @@ def test_eos_ids_are_those_of_both_files(tmp_path, generation, ids):
      ({"head_dim": True}, "head_dim"), ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
      ({"rope_theta": math.inf}, "rope_theta"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
      ({"head_dim": 7}, "head_dim"), ({"eos_token_id": "</s>"}, "eos_token_id"),
-     ({"eos_token_id": [[2]]}, "eos_token_id")], ids=str)
+     ({"eos_token_id": [[2]]}, "eos_token_id"), ({"eos_token_id": True}, "eos_token_id"),
+     ({"bos_token_id": True}, "bos_token_id"), ({"bos_token_id": 1.0}, "bos_token_id")], ids=str)
 def test_configs_that_are_refused(tmp_path, changes, field):
     """Guards against a model that loads and then says nonsense, and against a traceback: the file
     and the field are named."""
