@@ -216,6 +216,34 @@ def eos_ids(folder, vocab_size):
     return tuple(sorted(found))
 
 
+# What generation_config.json may ask for and nothing here does, with the number that asks for
+# nothing, as null and an empty list do. The second: if it asks for sampling.
+NOT_FOLLOWED = {
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": 0, "suppress_tokens": 0,
+    "begin_suppress_tokens": 0, "sequence_bias": 0, "min_length": 0, "min_new_tokens": 0,
+    "exponential_decay_length_penalty": 0, "stop_strings": 0, "guidance_scale": 1, "num_beams": 1,
+    "penalty_alpha": 0, "dola_layers": 0, "watermarking_config": 0}
+NOT_SAMPLED = {"min_p": 0, "top_h": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+
+
+def tell_what_is_not_followed(folder):
+    """One line if a folder asks for other tokens than greedy decoding gives."""
+    path = folder / "generation_config.json"
+    path = path if path.exists() else folder / "config.json"  # where old folders have it
+    data, parts = {name: value for name, value in read_json(path).items() if value}, []
+    table = NOT_FOLLOWED | (NOT_SAMPLED if "do_sample" in data else {})
+    if found := [name for name, neutral in table.items() if data.get(name, neutral) != neutral]:
+        parts.append("not followed: " + ", ".join(f"{name} {data[name]!r}"[:60] for name in found))
+    if "do_sample" in data:
+        flags = {"temperature": 1} | data
+        parts.append("to sample as it asks: " + " ".join(
+            f"--{name.replace('_', '-')} {flags[name]!r}"
+            for name in ("temperature", "top_k", "top_p") if name in flags))
+    if parts:
+        say(f"note: {path}: {'; '.join(parts)}")
+
+
 def config_json(config):
     """The config.json, as a dict, that `read_config` reads this LlamaConfig from."""
     data = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,

@@ -29,7 +29,7 @@ from drafters.tree import TreeDrafter
 from kangaroo import WIDTH, NotFinite, Round, generate
 from llama import MAX_WIDTH, Sampler
 from support.chat import encode_chat, find_chat_template
-from support.checkpoint import load_llama, read_config
+from support.checkpoint import load_llama, read_config, tell_what_is_not_followed
 from support.errors import UserError, require
 from support.graphs import (
     GRAPHED,
@@ -121,6 +121,7 @@ def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=WIDTH, chat=None
     config = read_config(folder)
     tokenizer = Tokenizer(folder, config)
     llama = load_llama(folder, device, dtype, tokenizer.with_ends(config))
+    tell_what_is_not_followed(folder)
     decoder = Decoder(folder, llama, tokenizer, chat, template, width, exit_layer)
     for name, cls in needed.items():
         path = parts.get(name)
