@@ -255,8 +255,9 @@ def test_the_context_ends_where_a_window_would_slide(tmp_path):
     assert "sliding" not in decoder.describe("none")
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'"llama"', b"\xff\xfe{}", None],
-                         ids=["cut", "list", "text", "binary", "none"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'"llama"', b"\xff\xfe{}", b"[" * 200_000,
+                                     None],
+                         ids=["cut", "list", "text", "binary", "deep", "none"])
 def test_config_files_that_are_refused(tmp_path, content):
     """Guards against a traceback from the JSON reader."""
     path = tmp_path / "config.json"

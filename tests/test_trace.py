@@ -291,6 +291,9 @@ def test_methods_share_a_page_if_their_text_is_the_same(run, model, tmp_path):
     assert replay.page(kept) == page.read_text(encoding="utf-8")
     assert write("--drafter", "lookup", "--max-new-tokens", 39) == [("lookup", 6)]
     assert write(prompt="Another") == [("kangaroo", 6)]
+    page.write_text(replay.JSON + "[" * 200_000 + "</script>")
+    replay.add_trace(page, kept[0])
+    assert replay.read_page(page) == kept[:1]
 
 
 @pytest.mark.parametrize(
