@@ -144,9 +144,9 @@ def read_config(folder):
 def refuse_lora(folder):
     """UserError if peft saved a LoRA in this folder, beside a model or alone."""
     path = folder / "adapter_config.json"
-    require(not path.exists(), f"{path}: a LoRA is not applied, merge it into its model: from peft "
-            "import AutoPeftModelForCausalLM as Lora; Lora.from_pretrained"
-            f"({str(folder)!r}).merge_and_unload().save_pretrained('merged')")
+    require(not path.exists(), f"{path}: a LoRA is not applied; remove the file if it is merged "
+            "already, else merge it: from peft import AutoPeftModelForCausalLM as Lora; "
+            f"Lora.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged')")
 
 
 def refuse_quantised(path, data):
