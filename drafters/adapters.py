@@ -12,13 +12,14 @@ from kangaroo import Adapter
 from llama import MLP, Linear, RMSNorm, Rows
 from support.checkpoint import (
     build,
+    file_entries,
+    first_of,
     is_constant,
     load_weights,
     named_weights,
-    pickle_entries,
     read_config,
+    refuse_lora,
     refuse_misfit,
-    safetensors_entries,
     vocabulary_ids,
 )
 from support.errors import require
@@ -89,6 +90,7 @@ def new_adapter(cls, model):
 # --------------------------------------------------------------------------------------------------
 # Folders
 
+ADAPTER_FILES = "adapter.safetensors", "pytorch_model.bin"
 # What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
 SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int,
             "width": int}
@@ -112,6 +114,7 @@ def load_adapter(folder, model, exit_layer=None):
     folder = Path(folder)
     require_folder(folder, "--adapter", "one with config.json and adapter.safetensors or "
                    "pytorch_model.bin")
+    refuse_lora(folder)
     where = folder / "config.json"
     data = read_json(where)
     require("medusa_num_heads" not in data, f"{where}: holds Medusa heads, for --drafter medusa")
@@ -175,9 +178,6 @@ def refuse_bad_settings(where, data):
 
 def adapter_entries(folder):
     """{name: (shape, function that reads the tensor)} of an adapter's folder, named as in it."""
-    if (folder / "adapter.safetensors").exists() or not (folder / "pytorch_model.bin").exists():
-        entries = safetensors_entries(folder / "adapter.safetensors")
-    else:
-        entries = pickle_entries(folder / "pytorch_model.bin", {})
-    return {name.removeprefix("layers.0."): entry for name, entry in entries.items()
+    path = first_of(folder, ADAPTER_FILES) or folder / ADAPTER_FILES[0]
+    return {name.removeprefix("layers.0."): entry for name, entry in file_entries(path, {}).items()
             if not is_constant(name)}

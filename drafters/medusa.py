@@ -24,10 +24,10 @@ from kangaroo import Draft, NoDrafter
 from llama import Linear
 from support.checkpoint import (
     build,
+    file_entries,
+    first_of,
     load_weights,
-    pickle_entries,
     refuse_misfit,
-    safetensors_entries,
     vocabulary_ids,
 )
 from support.errors import require
@@ -90,6 +90,10 @@ class MedusaDrafter(Method, NoDrafter):
     @classmethod
     def usual(cls, decoder):
         return {"steps": len(decoder.heads.heads)}
+
+    @classmethod
+    def usual_width(cls, decoder, asked):
+        return 1 + len(decoder.heads.heads)
 
     @classmethod
     def make(cls, decoder, settings):
@@ -198,17 +202,15 @@ def load_heads(folder, model):
 
 def heads_files(folder):
     """(path of the weights, config.json as a dict, {name: (shape, function that reads)})."""
-    paths = [folder / name for name in HEADS_FILES if (folder / name).exists()]
-    require(paths, f"{folder}: --drafter medusa wants a folder with config.json and "
+    path = first_of(folder, HEADS_FILES)
+    require(path, f"{folder}: --drafter medusa wants a folder with config.json and "
             f"{' or '.join(HEADS_FILES)}")
     where = folder / "config.json"
     data = {"medusa_num_layers": 1} | read_json(where)
     for name in ("medusa_num_heads", "medusa_num_layers"):
         require(isinstance(data.get(name), int) and data[name] >= 1,
                 f"{where}: {name} = {data.get(name)!r}, must be an integer of at least 1")
-    if paths[0].suffix == ".safetensors":
-        return paths[0], data, safetensors_entries(paths[0])
-    return paths[0], data, pickle_entries(paths[0], {})
+    return path, data, file_entries(path, {})
 
 
 def tree_of(where, paths):

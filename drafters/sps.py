@@ -52,10 +52,11 @@ class SpsDrafter(Method, NoDrafter):
         """UserError unless it has the target's tokenizer: what it says in other tokens, the target
         would never accept."""
         require_folder(path, "--draft-model", "that of a small model")
-        what = difference(decoder.tokenizer, Tokenizer(path, read_config(path)))
+        config = read_config(path)
+        what = difference(decoder.tokenizer, Tokenizer(path, config))
         require(not what, f"{path}: has another tokenizer than {decoder.folder} ({what}), "
                 "--draft-model wants a model with the same")
-        model = load_llama(path, decoder.device, decoder.dtype)
+        model = load_llama(path, decoder.device, decoder.dtype, config)
         model.source = str(path)
         return model
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from llama import Linear, Llama, LlamaConfig
 from support.errors import UserError, require
 from support.files import read_json, require_folder, write_atomically
 from support.packing import use_fast_norms
+from support.terminal import say
 
 import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
@@ -58,6 +59,7 @@ def read_config(folder):
 
     UserError if the model is no Llama, or one that `llama.py` would compute wrongly.
     """
+    refuse_lora(Path(folder))
     path = Path(folder) / "config.json"
     data = {"model_type": "(missing)"} | read_json(path)
 
@@ -90,14 +92,15 @@ def read_config(folder):
         rope_scaling=tuple(number(name, kind=float, source=rope)
                            for name in ROPE_FIELDS[rope_type]),
         tie_word_embeddings=data.get("tie_word_embeddings") or False,
-        bos_token_id=data.get("bos_token_id"), eos_token_ids=eos_ids(folder),
+        bos_token_id=data.get("bos_token_id"), eos_token_ids=eos_ids(folder, number("vocab_size")),
         sliding_window=window if window < context else None)
     require(rope_type != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
             f"{path}: low_freq_factor = {rope.get('low_freq_factor')} must be below "
             f"high_freq_factor = {rope.get('high_freq_factor')}")
     require(isinstance(config.tie_word_embeddings, bool),
             f"{path}: tie_word_embeddings = {config.tie_word_embeddings!r}, must be true or false")
-    require(config.bos_token_id is None or config.bos_token_id in range(config.vocab_size),
+    bos = config.bos_token_id
+    require(bos is None or type(bos) is int and bos in range(config.vocab_size),  # True is no id
             f"{path}: bos_token_id = {config.bos_token_id!r}, must be below vocab_size = "
             f"{config.vocab_size}")
     require(heads % config.num_key_value_heads == 0,
@@ -105,6 +108,14 @@ def read_config(folder):
             f"{config.num_key_value_heads}")
     require(config.head_dim % 2 == 0, f"{path}: head_dim = {config.head_dim} must be even")
     return config
+
+
+def refuse_lora(folder):
+    """UserError if peft saved a LoRA in this folder, beside a model or alone."""
+    path = folder / "adapter_config.json"
+    require(not path.exists(), f"{path}: a LoRA is not applied; remove the file if it is merged "
+            "already, else merge it: from peft import AutoPeftModelForCausalLM as Lora; "
+            f"Lora.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged')")
 
 
 def refuse_quantised(path, data):
@@ -158,17 +169,49 @@ def slides(path, data):
     return data.get("use_sliding_window") is not False or "sliding_attention" in kinds
 
 
-def eos_ids(folder):
+def eos_ids(folder, vocab_size):
     """The end-of-sequence ids that config.json and generation_config.json name, ascending."""
     found = set()
     for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
         ids = read_json(path).get("eos_token_id") if path.exists() else None
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(isinstance(i, int) for i in ids):
+        if not all(type(i) is int for i in ids):
             raise UserError(f"{path}: eos_token_id = {ids!r}, must be an integer or a list of "
                             "integers")
-        found |= set(ids)
+        beyond = [i for i in ids if i not in range(vocab_size)]
+        for i in beyond:
+            say(f"note: {path}: eos_token_id = {i} ends no text, vocab_size is {vocab_size}")
+        found |= {*ids} - {*beyond}
     return tuple(sorted(found))
+
+
+# What generation_config.json may ask for and nothing here does, with the number that asks for
+# nothing, as null and an empty list do. The second: if it asks for sampling.
+NOT_FOLLOWED = {
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": 0, "suppress_tokens": 0,
+    "begin_suppress_tokens": 0, "sequence_bias": 0, "min_length": 0, "min_new_tokens": 0,
+    "exponential_decay_length_penalty": 0, "stop_strings": 0, "guidance_scale": 1, "num_beams": 1,
+    "penalty_alpha": 0, "dola_layers": 0, "watermarking_config": 0}
+NOT_SAMPLED = {"min_p": 0, "top_h": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+
+
+def not_followed(folder):
+    """One line, if a folder asks for other tokens than greedy decoding gives; else None."""
+    paths = folder / "generation_config.json", folder / "config.json"  # the latter in old folders
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    data, parts = {name: value for name, value in read_json(path).items() if value}, []
+    table = NOT_FOLLOWED | (NOT_SAMPLED if "do_sample" in data else {})
+    if found := [name for name, neutral in table.items() if data.get(name, neutral) != neutral]:
+        parts.append("not followed: " + ", ".join(f"{name} {data[name]!r}"[:60] for name in found))
+    if "do_sample" in data:
+        flags = {"temperature": 1} | data
+        parts.append("to sample as it asks: " + " ".join(
+            f"--{name.replace('_', '-')} {flags[name]!r}"
+            for name in ("temperature", "top_k", "top_p") if name in flags))
+    return f"note: {path}: {'; '.join(parts)}" if parts else None
 
 
 def config_json(config):
@@ -246,6 +289,12 @@ def fill(weight, tensor, name):
         raise UserError(f"{name} is {tensor.dtype}, quantised weights are not implemented")
     weight.copy_(tensor)
     return sample(tensor)
+
+
+def file_entries(path, opened):
+    """{name: (shape, function that reads it)} of a file of either format."""
+    return (safetensors_entries(path) if path.suffix == ".safetensors" else
+            pickle_entries(path, opened))
 
 
 def read_tensor(path, name):
@@ -330,41 +379,68 @@ def fingerprint(samples):
 # --------------------------------------------------------------------------------------------------
 # Model folders
 
+# In transformers' order.
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+               "pytorch_model.bin.index.json")
+
+
 def is_constant(name):
     return name.endswith("rotary_emb.inv_freq")  # old checkpoints store it
 
 
-def load_llama(folder, device="cpu", dtype=torch.float32):
+def load_llama(folder, device="cpu", dtype=torch.float32, config=None):
     """A Llama from a Hugging Face folder: config.json, and the files that `weight_files` finds.
 
-    Weights are cast to `dtype` one tensor at a time.
+    Weights are cast to `dtype` one tensor at a time. config: if config.json has been read.
     """
     folder = Path(folder)
     require_folder(folder, "--model")
-    model = build(Llama, read_config(folder), device, dtype)
-    tensors, opened = {}, {}
+    config, tensors, opened = config or read_config(folder), {}, {}
     for path in weight_files(folder):
-        entries = (safetensors_entries(path) if path.suffix == ".safetensors" else
-                   pickle_entries(path, opened))
         tensors |= {name.removeprefix("model."): entry
-                    for name, entry in entries.items() if not is_constant(name)}
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # some files store the tied matrix twice
+                    for name, entry in file_entries(path, opened).items() if not is_constant(name)}
+    if config.tie_word_embeddings:
+        config = untie_other_head(folder, config, tensors)
+    model = build(Llama, config, device, dtype)
     model.fingerprint = fingerprint(load_weights(model, tensors, folder))
     return use_fast_norms(model).eval()
 
 
+def untie_other_head(folder, config, tensors):
+    """The LlamaConfig of a tied model: not tied if the files hold another head than the embedding.
+
+    What they hold twice, or by the head's name alone, is left in `tensors` as the embedding.
+    """
+    head = tensors.pop("lm_head.weight", None)
+    if head is None or equal(head, tensors.setdefault("embed_tokens.weight", head)):
+        return config
+    say(f"note: {folder}: lm_head.weight is used, it is not the embedding's matrix, though "
+        "config.json says tie_word_embeddings")
+    tensors["lm_head.weight"] = head
+    return replace(config, tie_word_embeddings=False)
+
+
+def equal(a, b):
+    """Whether two entries (shape, function that reads) are of the same numbers."""
+    return a is b or tuple(a[0]) == tuple(b[0]) and bool((a[1]() == b[1]()).all())
+
+
 def weight_files(folder):
-    """The paths of the files that a model's weights are in: safetensors, if there are such."""
-    looked_for = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, single = folder / f"{name}.index.json", folder / name
-        if index.exists():
-            return shards(index)
-        if single.exists():
-            return [single]
-        looked_for += [single.name, index.name]
-    raise UserError(f"{folder}: weights are missing, looked for {', '.join(looked_for)}")
+    """The paths of the files that a model's weights are in."""
+    path = first_of(folder, MODEL_FILES)
+    require(path, f"{folder}: weights are missing, looked for {', '.join(MODEL_FILES)}")
+    return shards(path) if path.suffix == ".json" else [path]
+
+
+def first_of(folder, names):
+    """The path of the first of these files that the folder has, or None.
+
+    A line says so if it has more: they may be of an older save.
+    """
+    found = [name for name in names if (folder / name).exists()]
+    if len(found) > 1:
+        say(f"note: {folder}: the weights are those of {found[0]}, not of {', '.join(found[1:])}")
+    return folder / found[0] if found else None
 
 
 def shards(index):

@@ -64,8 +64,8 @@ class Session:
         self.ways += [("none", None), ("none", 1)] if args.compare else []
 
     def introduce(self):
-        if self.args.model and self.decoder.template.note:
-            say(self.decoder.template.note)
+        for note in self.decoder.notes if self.args.model else ():
+            say(note)
         say(self.decoder.describe(self.args.drafter, self.settings))
 
     def make_ready(self, prompts, new_tokens):

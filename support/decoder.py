@@ -22,7 +22,7 @@ from drafters.table import DRAFTERS, drafter_named, parts_needed
 from kangaroo import WIDTH, NotFinite, Round, generate
 from llama import Sampler
 from support.chat import encode_chat, find_chat_template
-from support.checkpoint import load_llama, read_config
+from support.checkpoint import load_llama, not_followed, read_config
 from support.errors import UserError, require
 from support.files import require_folder
 from support.graphs import (
@@ -77,9 +77,8 @@ def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=None, drafter="k
 
     device, dtype, chat: names, None chooses. width: rows of a step; a tree needs more than 8. None:
     as many as suit `drafter`, a name, with the settings `asked`, a dict (8, if it lacks its part).
-    system: a message before all turns, if the chat template takes one; where the folder has no
-    template, `template.note` says what is taken. exit_layer: overrides the adapter's. tf32,
-    compile, graphs: for a GPU only.
+    system: a message before all turns, if the chat template takes one. exit_layer: overrides the
+    adapter's. tf32, compile, graphs: for a GPU only.
 
     parts: what drafters need beside the model, `adapter`, `heads` (Medusa's), `draft_model` and
     `datastore`: a path; None: what lies in the model's folder (its folders adapter, medusa, draft,
@@ -96,9 +95,9 @@ def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=None, drafter="k
     entry = drafter_named(drafter)
     device, dtype = pick_device_and_dtype(device, dtype, tf32)
     chat, template = find_chat_template(folder, chat, system)
-    tokenizer = Tokenizer(folder, read_config(folder))
-    llama = load_llama(folder, device, dtype)
-    llama.config = tokenizer.with_ends(llama.config)
+    config = read_config(folder)
+    tokenizer = Tokenizer(folder, config)
+    llama = load_llama(folder, device, dtype, tokenizer.with_ends(config))
     decoder = Decoder(folder, llama, tokenizer, chat, template, exit_layer=exit_layer)
     for name, (part, first) in needed.items():
         path = parts.get(name)
@@ -139,11 +138,13 @@ class Piece(NamedTuple):
 class Decoder:
     """A model that is ready to decode, with its tokenizer and chat template, and of what drafters
     need (`load`) the attributes adapter, heads, draft_model, datastore, None where there is none.
+    `notes` are lines on what the folder does not say, or asks for and does not get.
     """
 
     def __init__(self, folder, model, tokenizer, chat, template, width=WIDTH, exit_layer=None):
         self.folder, self.model, self.tokenizer = folder, model, tokenizer
         self.chat, self.template, self.width = chat, template, width
+        self.notes = [note for note in (template and template.note, not_followed(folder)) if note]
         self.asked_exit_layer = exit_layer  # None: the adapter's own
         self.device, self.dtype = model.norm.weight.device, model.norm.weight.dtype
         self.graphed, self.graph_words = False, ""

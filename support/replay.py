@@ -177,7 +177,7 @@ def add_trace(path, trace):
     try:
         others = [other for other in read_page(path)
                   if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         others = []
     order = list(DRAFTERS)
     traces = sorted([trace, *others], key=lambda trace: order.index(trace["drafter"]))

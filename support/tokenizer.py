@@ -123,7 +123,7 @@ class Tokenizer:
     def encode(self, text):
         """The ids of a plain text; BOS is not doubled where the text writes it itself."""
         ids = self.with_bos(self.encode_part(text))
-        return [*ids, self.eos] if self.add_eos and self.eos is not None else ids
+        return self.within([*ids, self.eos]) if self.add_eos and self.eos is not None else ids
 
     def with_bos(self, ids):
         """The ids with BOS before them, if the model wants it and they have none."""

@@ -242,12 +242,12 @@ def test_who_gave_a_model_is_told_which_template(tmp_path, capsys):
     write_model(tmp_path / "vicuna")
     common = ["--prompt", "the", "--drafter", "lookup", "--max-new-tokens", "1", "--dtype",
               "float32", "--device", "cpu"]
-    for arguments, lines in ((["--model", str(tmp_path / "vicuna")], 2), ([], 1),
-                             (["--model", str(tmp_path / "vicuna"), "--chat", "none"], 1)):
+    for arguments, lines in ((["--model", str(tmp_path / "vicuna")], 4), ([], 3),
+                             (["--model", str(tmp_path / "vicuna"), "--chat", "none"], 3)):
         main([*common, *arguments])
         told = capsys.readouterr().err.splitlines()
-        assert len(told) == lines and ("Vicuna's" in told[0]) == (lines == 2)
-        assert f"chat template {'vicuna' if lines == 2 else 'none'}" in told[-1]
+        assert len(told) == lines and ("Vicuna's" in told[0]) == (lines == 4)
+        assert f"chat template {'vicuna' if lines == 4 else 'none'}" in told[-3]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -642,7 +642,6 @@ def damage(path, content):
      ("config.json", {"bos_token_id": "<s>"}, "bos_token_id"),
      ("model.safetensors", truncate, "model.safetensors"),
      ("model.safetensors", None, "model.safetensors"),
-     ("model.safetensors.index.json", b"{}", "weight_map"),
      ("tokenizer.model", b"garbage" * 9, "tokenizer.model"),
      ("tokenizer.model", None, "tokenizer.model"),
      ("tokenizer_config.json", b"[", ["tokenizer_config.json", "JSON"]),

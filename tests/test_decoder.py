@@ -145,6 +145,26 @@ def test_where_parts_come_from(folder, tmp_path):
     assert load(where, **HERE, draft_model=False).draft_model is None
 
 
+@pytest.mark.parametrize("asked, words", [
+    ({"eos_token_id": 2, "max_length": 4096, "do_sample": False, "temperature": 0.6,
+      "repetition_penalty": 1.0, "suppress_tokens": [], "no_repeat_ngram_size": 0,
+      "bad_words_ids": None, "num_beams": 1}, None),
+    ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None, "typical_p": 1.0},
+     "to sample as it asks: --temperature 0.6 --top-p 0.9"),
+    ({"do_sample": True, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.3},
+     "not followed: repetition_penalty 1.3, min_p 0.1; to sample as it asks: --temperature 1 "
+     "--top-k 5"),
+    ({"min_p": 0.1, "suppress_tokens": [3, 4]}, "not followed: suppress_tokens [3, 4]")], ids=str)
+def test_what_a_folder_asks_of_decoding_is_told(folder, tmp_path, asked, words):
+    """Guards against text that differs from transformers' for what nobody was told of, and a line
+    on what changes nothing."""
+    shutil.copytree(folder, tmp_path / "model")
+    where = tmp_path / "model" / "generation_config.json"
+    where.write_text(json.dumps(asked))
+    _, *notes = load(tmp_path / "model", **HERE, adapter=False).notes  # the first: no template
+    assert notes == ([f"note: {where}: {words}"] if words else [])
+
+
 def test_a_drafter_of_ones_own_making(decoder):
     """Guards an instance: other texts than its name has, or one text only."""
     names = [name for name in DRAFTERS if name in ("kangaroo", "tree", "lookup", "none")]

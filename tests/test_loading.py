@@ -140,6 +140,19 @@ def test_eos_ids_are_those_of_both_files(tmp_path, generation, ids):
     assert load_config(tmp_path, {"eos_token_id": 2}, generation).eos_token_ids == ids
 
 
+def test_an_end_that_cannot_occur_is_left_out(tmp_path, capfd):
+    """Guards against an index error in training, where the ends of texts are counted, and against
+    saying it twice."""
+    write_model(tmp_path)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"eos_token_id": [-1, 3, 340]}')
+    decoder = load(tmp_path, draft_model=tmp_path, device="cpu", dtype="float32")
+    assert decoder.model.config.eos_token_ids == (2, 3)
+    lines = [f"note: {generation}: eos_token_id = {i} ends no text, vocab_size is 340\n"
+             for i in (-1, 340)]
+    assert capfd.readouterr().err == 2 * "".join(lines)  # the model's and the draft model's
+
+
 @pytest.mark.parametrize(
     "changes, field",
     [({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
@@ -170,7 +183,8 @@ def test_eos_ids_are_those_of_both_files(tmp_path, generation, ids):
      ({"head_dim": True}, "head_dim"), ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
      ({"rope_theta": math.inf}, "rope_theta"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
      ({"head_dim": 7}, "head_dim"), ({"eos_token_id": "</s>"}, "eos_token_id"),
-     ({"eos_token_id": [[2]]}, "eos_token_id")], ids=str)
+     ({"eos_token_id": [[2]]}, "eos_token_id"), ({"eos_token_id": True}, "eos_token_id"),
+     ({"bos_token_id": True}, "bos_token_id"), ({"bos_token_id": 1.0}, "bos_token_id")], ids=str)
 def test_configs_that_are_refused(tmp_path, changes, field):
     """Guards against a model that loads and then says nonsense, and against a traceback: the file
     and the field are named."""
@@ -211,6 +225,18 @@ def test_quantised_folders_are_refused_by_name(tmp_path, name, data, words):
     assert "{" not in message and "only float32, bfloat16 and float16" in message
 
 
+def test_a_lora_is_refused_by_name(tmp_path):
+    """Guards against the text of the model without it, where transformers applies it; and against
+    a question for config.json, which a LoRA alone has not."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for read in (load_llama, lambda folder: load_adapter(folder, random_model())):
+        with pytest.raises(UserError, match=r"adapter_config.json: a LoRA .*merge_and_unload\(\)"):
+            read(tmp_path)
+    write(tmp_path, file_tensors())
+    with pytest.raises(UserError, match="adapter_config.json: a LoRA"):
+        load_llama(tmp_path)
+
+
 def test_the_context_ends_where_a_window_would_slide(tmp_path):
     """Guards against tokens computed with keys that a Mistral's window has dropped, a prompt that
     is refused for a field with another value, and an end that nobody was told of."""
@@ -218,7 +244,7 @@ def test_the_context_ends_where_a_window_would_slide(tmp_path):
     data = config_json(config) | {"model_type": "mistral", "sliding_window": 40}
     (tmp_path / "config.json").write_text(json.dumps(data))
     decoder = load(tmp_path, adapter="random", dtype="float32", device="cpu")
-    assert decoder.describe().endswith(" · width 8 · context 40 (sliding_window)")
+    assert decoder.describe().endswith(" · width 7 · context 40 (sliding_window)")
     decoder.model.config = replace(decoder.model.config, eos_token_ids=())
     for drafter in ("kangaroo", "none"):
         assert len(decoder.generate([1] * 30, drafter, 99)[1]["ids"]) == 10
@@ -229,8 +255,9 @@ def test_the_context_ends_where_a_window_would_slide(tmp_path):
     assert "sliding" not in decoder.describe("none")
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'"llama"', b"\xff\xfe{}", None],
-                         ids=["cut", "list", "text", "binary", "none"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'"llama"', b"\xff\xfe{}", b"[" * 200_000,
+                                     None],
+                         ids=["cut", "list", "text", "binary", "deep", "none"])
 def test_config_files_that_are_refused(tmp_path, content):
     """Guards against a traceback from the JSON reader."""
     path = tmp_path / "config.json"
@@ -298,6 +325,11 @@ def write(folder, tensors, shards=1, config=TINY, kind="safetensors"):
         json.dumps({"weight_map": weight_map}))
 
 
+# Of a tied matrix files hold one name or both; safetensors' own save_model keeps the head's.
+kept_of_two = st.sampled_from([["model.embed_tokens.weight"], ["lm_head.weight"],
+                               ["model.embed_tokens.weight", "lm_head.weight"]])
+
+
 @cache
 def bfloat16_tensors(config):
     """Values that bfloat16 holds; some are too small for float16, or too large."""
@@ -311,50 +343,56 @@ def bfloat16_tensors(config):
 def only_fingerprint(config):
     """Of these tensors in the plainest folder."""
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), bfloat16_tensors(config), config=config)
+        tensors = {name: t for name, t in bfloat16_tensors(config).items()
+                   if not config.tie_word_embeddings or name != "lm_head.weight"}
+        write(Path(folder), tensors, config=config)
         return load_llama(folder).fingerprint
 
 
 @settings(max_examples=60)
 @given(kind=st.sampled_from(list(FILES)), shards=st.integers(1, 3), stored=st.sampled_from(DTYPES),
-       dtype=st.sampled_from(DTYPES), tied=st.booleans(), twice=st.booleans(),
+       dtype=st.sampled_from(DTYPES), tied=st.booleans(), kept=kept_of_two,
        padding=st.sampled_from([0, 1, 24]), constants=st.booleans())
-def test_every_weight_arrives_from_every_kind_of_folder(kind, shards, stored, dtype, tied, twice,
+def test_every_weight_arrives_from_every_kind_of_folder(kind, shards, stored, dtype, tied, kept,
                                                         padding, constants):
     """Guards against a tensor in the wrong place, in the wrong order of a stack, of the wrong
     dtype or in no shard; a tied head that is asked for, or overwritten by the copy that some files
     hold; and against copies of one model that do not count as the same."""
     config = replace(TINY, tie_word_embeddings=tied, vocab_size=TINY.vocab_size + padding)
-    tensors = {name: t.to(stored) for name, t in bfloat16_tensors(config).items()
-               if twice or not tied or name != "lm_head.weight"}
+    tensors = {name: t.to(stored) for name, t in bfloat16_tensors(config).items()}
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        for name in {"lm_head.weight", "model.embed_tokens.weight"} - {*kept}:
+            del tensors[name]
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)} if constants else {}
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), tensors | inv_freq, shards, config, kind)
         model = load_llama(folder, dtype=dtype)
     loaded = named_weights(model)
+    assert tied == (model.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr())
     for name, tensor in tensors.items():
         if name == "lm_head.weight" and tied:
-            name, tensor = "embed_tokens.weight", tensors["model.embed_tokens.weight"]
-            assert model.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
+            name = "embed_tokens.weight"
         weight = loaded.pop(name.removeprefix("model."), None)
         if weight is not None:
             assert weight.dtype == dtype and torch.equal(weight, tensor.to(dtype)), name
     assert not loaded and model.fingerprint == only_fingerprint(config)
 
 
-@pytest.mark.parametrize("stored_twice", [False, True])
-def test_a_tied_head_is_the_embedding(tmp_path, stored_twice):
-    """Guards against a tied head with memory of its own, or overwritten by the copy that some files
-    hold."""
-    tensors = file_tensors()
-    write(
-        tmp_path, tensors if stored_twice else
-        {name: t
-         for name, t in tensors.items()
-         if name != "lm_head.weight"}, config=replace(TINY, tie_word_embeddings=True))
-    model = load_llama(tmp_path)
-    assert model.lm_head.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
-    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+def test_another_head_than_the_tied_one_is_used(tmp_path, capfd):
+    """Guards against a head that a LoRA was merged into, dropped because config.json still says
+    that the model is tied; and against an adapter for the one that goes with the other."""
+    def load_with(tensors, tied):
+        write(tmp_path, tensors, 2, replace(TINY, tie_word_embeddings=tied))
+        return load_llama(tmp_path)
+
+    tensors, ids = file_tensors(), torch.tensor([[1, 2, 3]])
+    untied, found = load_with(tensors, False), load_with(tensors, True)
+    assert torch.equal(found(ids), untied(ids)) and found.config == untied.config
+    del tensors["lm_head.weight"]
+    assert untied.fingerprint == found.fingerprint != load_with(tensors, True).fingerprint
+    err = capfd.readouterr().err
+    assert err.startswith(f"note: {tmp_path}: lm_head.weight is used") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -374,11 +412,28 @@ def test_all_faults_of_the_weights_are_told_at_once(tmp_path, kind):
         assert words in str(error.value)
 
 
-def test_safetensors_win_where_both_are(tmp_path):
-    """Guards against the older of two formats, which may hold an older model."""
+@pytest.mark.parametrize("kind, shards, other", [
+    ("safetensors", 2, "model.safetensors.index.json"),
+    ("bin", 2, "pytorch_model.bin.index.json"), ("bin", 1, "pytorch_model.bin")])
+def test_of_two_saves_transformers_choice_is_loaded(tmp_path, capfd, kind, shards, other):
+    """Guards against an older save, beside which its own save_pretrained leaves a newer one, and
+    against silence on there being two."""
+    write(tmp_path, {name: 2 * t for name, t in file_tensors().items()}, shards, kind=kind)
+    load_llama(tmp_path)
+    assert not capfd.readouterr().err
     write(tmp_path, file_tensors())
-    write(tmp_path, {name: 2 * t for name, t in file_tensors().items()}, 2, kind="bin")
     assert torch.equal(load_llama(tmp_path).norm.weight, file_tensors()["model.norm.weight"])
+    assert capfd.readouterr().err == (
+        f"note: {tmp_path}: the weights are those of model.safetensors, not of {other}\n")
+
+
+def test_of_two_adapters_one_is_named(tmp_path, capfd):
+    """Guards against an adapter that is another than the last one copied there."""
+    model = random_model()
+    write_adapter(tmp_path, TINY)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    load_adapter(tmp_path, model)
+    assert "those of adapter.safetensors, not of pytorch_model.bin" in capfd.readouterr().err
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):

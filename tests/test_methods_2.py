@@ -330,7 +330,7 @@ def test_a_window_that_cannot_be(kwargs, words):
 
 
 @pytest.mark.parametrize("width, words", [
-    (8, "--width 8: must be above 8 for --drafter lookahead"), (9, "must be at least 12"),
+    (8, "--width 8: must be above 8 for a tree of drafts"), (9, "must be at least 12"),
     (11, "--width 11: must be at least 12, the rows of a window of 6 columns of 2 tokens")])
 def test_a_window_that_does_not_fit(width, words):
     """Before any text."""
@@ -458,7 +458,8 @@ def test_lookahead_gives_vanilla_ids(cli, args):
     assert status == 0 and result["identical"] and sum(result["drafted"])
     assert [len(t["tokens"]) for t in result["trees"]] == result["drafted"]
     status, out, err = cli(*args)
-    assert "nodes drafted and" in out
+    drafted, accepted = (sum(result[name]) for name in ("drafted", "accepted"))
+    assert f"{accepted} of {drafted} drafted tokens accepted" in err
     assert f"drafter lookahead · width {32 if 32 in args else 16}" in err
 
 
@@ -470,15 +471,15 @@ def refused(cli, words, *args):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--drafter", "lookahead", "--width", 8], ["--width 8", "above 8", "lookahead"]),
+    (["--drafter", "lookahead", "--width", 8], ["--width 8", "above 8", "tree"]),
     (["--drafter", "lookahead", "--width", 10], ["--width 10", "at least 12"]),
     (["--drafter", "lookahead", "--tree"], ["--tree", "lookahead"]),
-    (["--drafter", "lookahead", "--nodes", 4], ["--nodes", "--tree"]),
+    (["--drafter", "lookahead", "--nodes", 4], ["--nodes 4", "lookahead has none"]),
     (["--drafter", "medusa"], ["no Medusa heads for ", "give --adapter DIR"]),
     (["--drafter", "medusa-tree"], ["--drafter medusa-tree"]),
     (["--drafter", "medusa", "--adapter", "absent"], ["absent", "medusa_lm_head.pt"]),
     (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--width", 8], ["--width 8"]),
-    (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--nodes", 16], ["--nodes 16"]),
+    (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--nodes", 64], ["--nodes 64"]),
     (["--drafter", "medusa", "--adapter", "HEADS", "--tree", "--top-candidates", 3],
      ["--top-candidates", "kangaroo"]),
     (["--drafter", "medusa", "--adapter", "HEADS", "--steps", 8], ["--steps 8"]),

@@ -48,7 +48,7 @@ BOTH = [(program, line + case, parts) for program, line in ((choose, PROMPTS), (
             ("bad.jsonl", "bad.jsonl:2"),
             ("turns.jsonl", "turns.jsonl:1"),
             ("half.jsonl", "half.jsonl:1"),
-            ("empty.txt", ["empty.txt", "0 prompts"]),
+            ("empty.txt", ["empty.txt", "no prompt"]),
             ("prompts.txt --skip 2", ["prompts.txt", "2 prompts", "--skip"]),
             ("binary.txt", ["binary.txt", "cannot be read"]),
             ("prompts.txt --new-tokens 0", "--new-tokens 0"),
@@ -60,15 +60,15 @@ BOTH = [(program, line + case, parts) for program, line in ((choose, PROMPTS), (
 BESIDE = "--model model --prompts prompts.txt --python plain.txt "
 CASES = BOTH + [
     (choose, PROMPTS + "prompts.txt --each 0", "--each 0"),
-    (choose, PROMPTS + "prompts.txt --tree --width 8", "--width 8"),
-    (choose, PROMPTS + "prompts.txt --tree --width 999", "--width 999"),
+    (choose, PROMPTS + "prompts.txt --tree --widths 8", "--widths 8"),
+    (choose, PROMPTS + "prompts.txt --tree --widths 999", "--widths 999"),
     (choose, "--prompts prompts.txt", "--model"),
     (choose, MODEL + "--prompts prompts.txt", "--adapter"),
     (choose, PROMPTS + "prompts.txt --adapter random --write", "random"),
     (choose, PROMPTS + "prompts.txt --widths 4 1", "--widths 1"),
-    (choose, PROMPTS + "prompts.txt --tree --widths 16", "--widths"),
+    (choose, PROMPTS + "prompts.txt --widths 9", "--widths 9"),
     (speed, MODEL + "--repeats 0", "--repeats 0"),
-    (speed, MODEL + "--widths 8 0", "--widths 0"),
+    (speed, MODEL + "--widths 8 0", "--width 0"),
     (speed, MODEL + "--new-tokens 0", "--new-tokens 0"),
     (speed, MODEL + "--new-tokens 5000", "--new-tokens 5000"),
     (speed, MODEL + "--model nowhere", ["nowhere", "--model"]),
@@ -160,11 +160,11 @@ def test_choose_writes_what_it_found_best(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     path = folder / "model" / "adapter" / "config.json"
     before = path.read_text()
-    assert status(choose, PROMPTS + "prompts.txt --skip 0 --write") == 0
+    assert status(choose, PROMPTS + "prompts.txt --skip 0 --widths 4 --write") == 0
     out = capsys.readouterr().out
-    steps, threshold = re.search(r"best: γ (\d), η ([\d.]+), width 8: ", out).groups()
-    assert out.endswith(f" --width 8 --steps {steps} --threshold {threshold} --prompt …\n")
-    found = {"steps": int(steps), "threshold": float(threshold)}
+    steps, threshold = re.search(r"best: γ (\d), η ([\d.]+), width 4: ", out).groups()
+    assert out.endswith(f" --width 4 --steps {steps} --threshold {threshold} --prompt …\n")
+    found = {"steps": int(steps), "threshold": float(threshold), "width": 4}
     assert json.loads(path.read_text()) == json.loads(before) | found
     path.write_text(before)
 

@@ -231,10 +231,11 @@ def test_top_p_keeps_what_it_should(logits, top_k, top_p, temperature):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ((-1,), "temperature -1: must be 0 (greedy) or from 1e-6 on"),
-    ((float("nan"),), "temperature nan: must be"), ((float("inf"),), "temperature inf: must be"),
-    ((1, -1), "top_k -1: must be at least 0"), ((1, 0, 0.0), "top_p 0.0: must be in (0, 1]"),
-    ((1, 0, 1.1), "top_p 1.1: must be"), ((1, 0, float("nan")), "top_p nan: must be")])
+    ((-1,), "--temperature -1: must be 0 (greedy) or from 1e-6 on"),
+    ((float("nan"),), "--temperature nan: must be"),
+    ((float("inf"),), "--temperature inf: must be"),
+    ((1, -1), "--top-k -1: must be at least 0"), ((1, 0, 0.0), "--top-p 0.0: must be in (0, 1]"),
+    ((1, 0, 1.1), "--top-p 1.1: must be"), ((1, 0, float("nan")), "--top-p nan: must be")])
 def test_impossible_settings_are_refused(arguments, message):
     """By the names of the arguments: who calls this has no flags."""
     with pytest.raises(UserError) as error:

@@ -233,8 +233,9 @@ def test_a_token_beyond_the_embedding_is_refused_when_it_occurs(variant, tmp_pat
     assert tokenizer.decode(tokenizer.encode("the stones")) == "the stones"
     with pytest.raises(UserError, match=rf"{kind}: .*'\[PAD\]', which is {size}, .* = {size}"):
         tokenizer.encode("the[PAD]")
-    with pytest.raises(UserError, match="'<new>', which is 340"):
-        variant({"bos_token": "<new>"}).encode("the")
+    for name in ("bos", "eos"):
+        with pytest.raises(UserError, match="'<new>', which is 340"):
+            variant({f"{name}_token": "<new>", f"add_{name}_token": True}).encode("the")
 
 
 @pytest.mark.parametrize("name, damage", [

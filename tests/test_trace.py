@@ -46,7 +46,7 @@ def run(model, tmp_path, capfd):
         data = replay.read_page(page)[0] if page.exists() else None
         if data is None:
             return
-        summary = "{tokens} tokens in .* compression rate {compression_rate:.2f}".format(
+        summary = r"{tokens} tokens in .*\n.* {compression_rate:.2f} tokens per pass".format(
             **data["summary"])
         assert re.search(summary, err)
         return data, json.loads(out), page
@@ -291,11 +291,14 @@ def test_methods_share_a_page_if_their_text_is_the_same(run, model, tmp_path):
     assert replay.page(kept) == page.read_text(encoding="utf-8")
     assert write("--drafter", "lookup", "--max-new-tokens", 39) == [("lookup", 6)]
     assert write(prompt="Another") == [("kangaroo", 6)]
+    page.write_text(replay.JSON + "[" * 200_000 + "</script>")
+    replay.add_trace(page, kept[0])
+    assert replay.read_page(page) == kept[:1]
 
 
 @pytest.mark.parametrize(
     "args, word",
-    [(["--prompts", "{two}"], "holds 2"),
+    [(["--prompts", "{two}"], "one text"),
      (["--prompt", "a", "--trace", "{folder}"], "must be a file"),
      (["--prompt", "a", "--trace", "{folder}/none/page.html"], "in a folder that exists")])
 def test_refused_before_decoding(model, tmp_path, capfd, args, word):

@@ -27,7 +27,7 @@ from helpers import (
     random_model,
     samplers,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_drafter import CheckedDrafter
 from test_lossless import ADAPTERS, assert_equal_bits, configs, decode
@@ -227,6 +227,7 @@ def test_with_one_candidate_the_tree_is_the_chain(device, seed, sampler, steps, 
 @given(seed=st.integers(0, 999), steps=st.integers(0, 7), n=st.integers(1, 40),
        exit_layer=st.integers(0, 3), width=WIDTHS, candidates=st.integers(1, 10),
        sampler=st.sampled_from([Sampler(), Sampler(1e-4)]))
+@example(seed=0, steps=6, n=40, exit_layer=0, width=9, candidates=2, sampler=Sampler(1e-4))
 @examples(25)
 def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, width, candidates,
                                            sampler):
@@ -234,7 +235,8 @@ def test_a_perfect_adapter_gets_full_depth(device, seed, steps, n, exit_layer, w
     for N tokens."""
     model = random_model(TINY, seed, torch.float64, device=device)
     sign = 1 if sampler.temperature else 10_000  # the same choice, but sure of it
-    drafter = TreeDrafter(model, PerfectAdapter(model, exit_layer, sign), exit_layer, 0,
+    # Where two tokens are nearly as likely, at 0 the second one would be followed too.
+    drafter = TreeDrafter(model, PerfectAdapter(model, exit_layer, sign), exit_layer, 0.5,
                           candidates=candidates)
     with block(128):  # no edge cuts a draft short
         rounds = list(generate(model, drafter, [seed % 40], n, steps, sampler, width=width))
