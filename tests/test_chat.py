@@ -457,6 +457,25 @@ def test_ids_are_those_of_transformers(folder, vocabulary, name, legacy, seed):
                                                             ).input_ids
 
 
+@pytest.mark.parametrize("legacy", [None, False])
+@pytest.mark.parametrize("flags", [*FLAGS, {"single_word": True}, {"special": True}], ids=str)
+def test_added_tokens_are_those_of_transformers(folder, vocabulary, legacy, flags):
+    """Guards tokens that are not special: where they are cut out, and their text in decoding."""
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("transformers 5 has no tokenizer by sentencepiece, see support/tokenizer.py")
+    added = {i: token | {"special": False, "normalized": False} | flags
+             for i, token in ADDED.items()}
+    where = folder(legacy=legacy, added_tokens_decoder=added, tokenizer_class="LlamaTokenizer")
+    shutil.copy(vocabulary, where)
+    theirs = transformers.AutoTokenizer.from_pretrained(where)
+    ours = Tokenizer(where, replace(TINY, vocab_size=400))
+    for text in ("the<u>stones", "the <u> <a>\n the", "<u><a>🦘<e>", "<u>the", "a, <e>. b</s>"):
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("write", [write_prepending, write_byte_level])
 @pytest.mark.parametrize("name", OWN)
 def test_ids_of_a_tokenizer_json_are_those_of_transformers(folder, write, name):
