@@ -5,9 +5,15 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
+from support.chat import (
+    CHAT_TEMPLATES,
+    encode_chat,
+    find_chat_template,
+    render_chat,
+    takes_system,
+)
 from support.command_line import main
-from support.data import encode, prompt_of
+from support.data import Conversation, encode, prompt_of
 from support.decoder import load
 from support.errors import UserError
 from support.tokenizer import Tokenizer
@@ -359,6 +365,22 @@ def test_training_sees_the_prompts_of_decoding(chat, turns):
             prompt = encode_chat(tokenizer, template, turns[:k])
             assert prompt == ids[:len(prompt)] and learn[len(prompt)]
             assert not learn[len(prompt) - 1]
+
+
+def test_training_sees_the_system_message_of_a_conversation(chat):
+    """Guards an answer that is learned without what it obeys, or a message that is learned."""
+    _, tokenizer, template = chat
+    turns = Conversation(["A?", "the stones", "B?", "kangaroo"])
+    plain = encode(turns, tokenizer, template, (2,), 10 ** 6)
+    turns.system = "Be brief."
+    ids, learn = encode(turns, tokenizer, template, (2,), 10 ** 6)
+    if not takes_system(template):
+        return
+    template = replace(template, system="Be brief.")
+    assert (ids, learn) == encode([*turns], tokenizer, template, (2,), 10 ** 6)
+    assert marked(ids, learn) == marked(*plain) and ids != plain[0]
+    prompt = prompt_of(turns, tokenizer, template)
+    assert prompt == encode_chat(tokenizer, template, ["A?"]) == ids[:len(prompt)]
 
 
 @pytest.mark.parametrize("write", [write_like_llama, write_prepending, write_byte_level])
