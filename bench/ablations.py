@@ -198,10 +198,10 @@ def train_all(todo, args):
     model = load_llama(args.model, *pick_device_and_dtype(args.device, args.dtype))
     tokenizer = Tokenizer(args.model, model.config)
     model.config = tokenizer.with_ends(model.config)
-    encoded = partial(encode, tokenizer=tokenizer,
-                      template=find_chat_template(args.model)[1], eos=model.config.eos_token_ids,
-                      max_length=args.max_length)
-    documents, held = split(args.data, False)
+    _, template = find_chat_template(args.model)
+    encoded = partial(encode, tokenizer=tokenizer, template=template,
+                      eos=model.config.eos_token_ids, max_length=args.max_length)
+    documents, held = split(args.data, template)
     random.Random(args.seed).shuffle(documents)
     vocabulary = None
     if args.vocabulary:

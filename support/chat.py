@@ -82,6 +82,14 @@ class ChatTemplate:
         except Exception as e:  # of a program that is not ours
             raise UserError(f"{self.where}: not a chat template ({one_line(e)})") from None
 
+    def with_system(self, system):
+        """The template with a system message before all turns, if there is one."""
+        if not system:
+            return self
+        template = replace(self, system=system)
+        template.__dict__["program"] = self.program  # compiling takes long
+        return template
+
 
 CHAT_TEMPLATES = {name: ChatTemplate(name, source.removeprefix("\n"), f"--chat {name}")
                   for name, source in SOURCES.items()}
@@ -141,7 +149,7 @@ def find_chat_template(folder, name=None, system=None):
     if template.name != "none":
         _ = template.program  # what is wrong with it is said before anything else is done
     if system is not None:
-        refuse_unheard(template, system)
+        refuse_unheard(template)
     return template.name, template
 
 
@@ -177,14 +185,23 @@ def guess(folder):
                    f"decoded as it is; {choose} one")
 
 
-def refuse_unheard(template, system):
-    """UserError if the template has no place for a system message, or leaves it out."""
+def refuse_unheard(template):
+    """UserError if the template has no place for its system message, or leaves it out."""
     try:
-        heard = system.strip() in render_chat(template, ["Hello"])
+        heard = template.system.strip() in render_chat(template, ["Hello"])
     except UserError as e:
         raise UserError(f"--system: {e}") from None
     if not heard:
         raise UserError(f"--system: the chat template of {template.where} takes no system message")
+
+
+def takes_system(template):
+    """Whether the template has a place for system messages."""
+    try:
+        refuse_unheard(template.with_system("Be brief."))
+    except UserError:
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------

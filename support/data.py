@@ -11,10 +11,11 @@ import os
 import random
 import re
 import zlib
+from collections import Counter
 from itertools import chain, count
 from os.path import commonprefix
 
-from support.chat import encode_chat, encode_rendered, render_chat
+from support.chat import encode_chat, encode_rendered, render_chat, takes_system
 from support.errors import UserError
 from support.terminal import say
 
@@ -27,8 +28,23 @@ HELD_OUT = 64  # one document in 64 is never trained on
 # --------------------------------------------------------------------------------------------------
 # Documents
 
+class Conversation(list):
+    """Turns of user, assistant, …; `system`: the message before them; `stopped`: why no more turns
+    are taken."""
+    system = stopped = None
+
+
+def system_of(document):
+    return getattr(document, "system", None)
+
+
 def read_documents(path, allow_truncated=False):
-    """The documents of a file: conversations, lists of turns (user, assistant, …), or plain texts.
+    """The documents of a file: Conversations or plain texts, none of them empty."""
+    return list(filter(None, read_file(path, allow_truncated)))
+
+
+def read_file(path, allow_truncated):
+    """The documents of a file, and empty ones.
 
     A JSON list or JSONL, of ShareGPT's {"conversations": [{"from", "value"}]} or of {"text"}, if
     the file is called so or begins so; else plain text, whose documents are separated by blank
@@ -37,7 +53,7 @@ def read_documents(path, allow_truncated=False):
     try:
         opened = gzip.open if str(path).endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8-sig") as file:
-            return [d for d in documents_of(file, path, allow_truncated) if d]
+            return list(documents_of(file, path, allow_truncated))
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: cannot be read as UTF-8 ({e.reason}), --data wants text, JSON or "
                         "these packed as .gz") from None
@@ -108,35 +124,54 @@ def json_list(path, text, allow_truncated):
         end += text[end] == ","
 
 
-ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "chatgpt": 1}
+SYSTEM, TOOLS, NO_TURN = "a further system message", "tool calls", "a turn is missing"
+ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1, "chatgpt": 1, "system": SYSTEM,
+         "tool": TOOLS, "function": TOOLS, "function_call": TOOLS, "observation": TOOLS}
 
 
 def document_of(entry, where):
-    """A text, or a list of turns that begins with the user's and ends with the assistant's.
+    """A text, or a Conversation that begins with the user's turn and ends with the assistant's.
 
     Empty if nothing can be learned.
     """
     entry = entry if isinstance(entry, dict) else {}
     if isinstance(entry.get("text"), str):
         return whole_characters(entry["text"]) if entry["text"].strip() else ""
-    messages = entry.get("conversations") or entry.get("messages")
+    messages, turns = entry.get("conversations") or entry.get("messages"), Conversation()
     if messages == [] or entry.get("conversations") == []:
-        return []
+        return turns
     try:
-        said = [(m.get("from") or m.get("role"), m.get("value") or m.get("content") or "")
-                for m in messages]
-        if not all(isinstance(part, str) for turn in said for part in turn):
-            raise TypeError
+        said = [turn_of(m) for m in [{"from": "system", "value": entry.get("system")}, *messages]]
     except (TypeError, AttributeError):
         raise UserError(f"{where}: wants an object with `text`, or with `conversations`, a list of "
                         "objects with `from` (human, gpt) and `value`") from None
-    turns = []
     for role, text in said:
-        if ROLES.get(role) == len(turns) % 2 and text.strip():
+        if role == SYSTEM and not turns and not turns.system:
+            turns.system = whole_characters(text) if text.strip() else None
+        elif role == len(turns) % 2 and text.strip():
             turns.append(whole_characters(text))
-        elif turns:
-            break  # two turns of one role, or an unknown role: what follows belongs to another
-    return turns[:len(turns) // 2 * 2]
+        elif turns or isinstance(role, str):
+            turns.stopped = role if isinstance(role, str) else NO_TURN
+            break  # what follows belongs to another
+    del turns[len(turns) // 2 * 2:]
+    return turns
+
+
+def turn_of(message):
+    """(0 for the user, 1 for the assistant, a text for what else it is; what is said)."""
+    role = message.get("from") or message.get("role")
+    text = message.get("value") or message.get("content") or ""
+    role = ROLES.get(role.lower(), f"role {role}")
+    if message.get("tool_calls") or message.get("function_call"):
+        role = TOOLS
+    if isinstance(text, list):  # of parts
+        parts = [part.get("text") for part in text]
+        if not all(isinstance(part, str) for part in parts):
+            return "contents that are not text", ""
+        text = "".join(parts)
+    if not isinstance(text, str):
+        raise TypeError
+    return role, text
 
 
 def whole_characters(text):
@@ -151,13 +186,33 @@ def is_held_out(document):
     return int.from_bytes(key, "big") % HELD_OUT == 0
 
 
-def split(paths, allow_truncated=False):
-    """All documents of the data files -> (to train on, at least one; held out, perhaps none)."""
-    documents = [d for path in paths for d in read_documents(path, allow_truncated)]
-    held = [d for d in documents if is_held_out(d)]
-    rest = [d for d in documents if not is_held_out(d)]
+def leave_out(documents, template):
+    """Empty the conversations whose system message the template does not take. Returns how many are
+    empty or cut short, and why; nothing if none is."""
+    if template and any(map(system_of, documents)) and not takes_system(template):
+        for document in filter(system_of, documents):
+            document.clear()
+            document.stopped = "a system message, which the chat template does not take"
+    chats = [d for d in documents if isinstance(d, Conversation)]
+    lost = Counter(f"{'cut short' if chat else 'left out'}: {chat.stopped or NO_TURN}"
+                   for chat in chats if chat.stopped or not chat)
+    return lost and f"of {len(chats)} conversations " + ", ".join(
+        f"{n} {what}" for what, n in lost.most_common())
+
+
+def split(paths, template=None, allow_truncated=False):
+    """All documents of the data files -> (to train on, at least one; held out, perhaps none).
+
+    A line says what is left out."""
+    documents = [d for path in paths for d in read_file(path, allow_truncated)]
+    lost = leave_out(documents, template)
+    held = [d for d in documents if d and is_held_out(d)]
+    rest = [d for d in documents if d and not is_held_out(d)]
     if not rest:
-        raise UserError(f"--data {' '.join(map(str, paths))}: holds no document to train on")
+        raise UserError(f"--data {' '.join(map(str, paths))}: holds no document to train on"
+                        + (f", {lost}" if lost else ""))
+    if lost:
+        say(f"--data: {lost}")
     random.Random(0).shuffle(held)
     return rest, held
 
@@ -166,7 +221,7 @@ def digest(documents):
     """16 hex digits that tell one list of documents from another."""
     state = hashlib.sha256()
     for document in documents:
-        state.update(repr(document).encode())
+        state.update((repr(document) + (system_of(document) or "")).encode())
     return state.hexdigest()[:16]
 
 
@@ -185,6 +240,7 @@ def encode(document, tokenizer, template, eos, max_length):
         ids = tokenizer.encode(document)
         ids = (ids + [i for i in eos[:1] if ids[-1:] != [i]])[:max_length]
         return ids, [False] + [True] * (len(ids) - 1)
+    template = template.with_system(system_of(document))
     document = [turn.strip() if i % 2 else turn
                 for i, turn in enumerate(document)]  # templates put no blanks round an answer
     text = render_chat(template, document, answer=False)
@@ -240,7 +296,7 @@ def prompt_of(document, tokenizer, template):
     """What decoding starts from: the user's first turn, or the first 16 tokens of a text."""
     if isinstance(document, str):
         return tokenizer.encode(document)[:16]
-    return encode_chat(tokenizer, template, document[:1])
+    return encode_chat(tokenizer, template.with_system(system_of(document)), document[:1])
 
 
 class Windows:

@@ -59,7 +59,7 @@ def make(args):
     tokenizer = Tokenizer(args.model, config)
     config = tokenizer.with_ends(config)
     _, template = find_chat_template(args.model, args.chat)
-    documents, _ = split(args.data)
+    documents, _ = split(args.data, template)
     tokens = join_documents(
         encode(document, tokenizer, template, config.eos_token_ids, sys.maxsize)[0]
         for document in documents)

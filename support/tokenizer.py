@@ -9,7 +9,11 @@ disagree, version 4 is followed: folders older than version 5 were made and used
     two blanks in a row                 split as sentencepiece does; 5: for Llamas not
     no tokenizer_config.json            BOS before plain text; 5: none
 
-Chats are `support/chat.py`. Left out on purpose: truncation, padding, pairs of texts.
+Where version 4 reads tokenizer.model in two ways, added tokens are those of its AutoTokenizer (its
+LlamaTokenizer shows blanks round them).
+
+Chats are `support/chat.py`. Left out on purpose: truncation, padding, pairs of texts,
+clean_up_tokenization_spaces.
 """
 import hashlib
 import re
@@ -22,6 +26,7 @@ from support.files import read_json
 from sentencepiece import SentencePieceProcessor
 
 NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+FLAGS = {"lstrip", "rstrip", "single_word", "normalized", "special"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -29,7 +34,8 @@ NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", 
 
 def read_metadata(folder):
     """tokenizer_config.json with what special_tokens_map.json adds; a named token is its text, and
-    those that say how a text is split are `added`: {text: {"id", "lstrip", …}}."""
+    those that say how a text is split are `added`: {text: {"id", "lstrip", …}}. `named` are the
+    texts of all that have a name or a role."""
     folder = Path(folder)
     path = folder / "tokenizer_config.json"
     data = read_json(path) if path.exists() else {}
@@ -45,20 +51,16 @@ def read_metadata(folder):
         if not isinstance(data[name], str | None):
             raise UserError(f"{path}: {name} = {token!r}, must be a text or an object with "
                             "`content`")
-    return data | {"added": added_tokens(folder, data)}
+    extra = [token.get("content") if isinstance(token, dict) else token
+             for token in data.get("additional_special_tokens") or []]
+    named = [text for text in [*map(data.get, NAMED), *extra] if text]
+    return data | {"named": named, "added": added_tokens(folder, data)}
 
 
 def added_tokens(folder, metadata):
     """{text: {"id", "special", "lstrip", …}} of the tokens that are cut out of a text before the
     rest is split."""
-    path, added = folder / "tokenizer_config.json", {}
-    try:
-        for i, token in (metadata.get("added_tokens_decoder") or {}).items():
-            if token["content"]:
-                added[token["content"]] = token | {"id": int(i)}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: added_tokens_decoder must map ids to objects with `content`"
-                        ) from None
+    added = by_text(metadata, "added_tokens_decoder", folder / "tokenizer_config.json")
     path = folder / "added_tokens.json"
     if not added and path.exists():
         data = read_json(path)
@@ -68,27 +70,35 @@ def added_tokens(folder, metadata):
     return added
 
 
-def with_named_tokens(metadata, processor):
+def by_text(data, name, path):
+    """{text: token} of the field `name` of a file: {id: token}, or a list of tokens with `id`."""
+    try:
+        tokens = data.get(name) or {}
+        pairs = tokens.items() if isinstance(tokens, dict) else ((t["id"], t) for t in tokens)
+        return {token["content"]: token | {"id": int(i)} for i, token in pairs if token["content"]}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: {name} must give an id and `content` for each token") from None
+
+
+def with_named_tokens(metadata, added, processor):
     """The added tokens of a sentencepiece folder, and all that have a name or a role of their own;
     those that sentencepiece does not know come behind its last."""
-    added, size = dict(metadata["added"]), processor.vocab_size()
+    added, size = dict(added), processor.vocab_size()
+    for text, token in metadata["added"].items():
+        added[text] = added.get(text, {}) | token
     for i in filter(processor.is_control, range(size)):
         added.setdefault(processor.id_to_piece(i), {"id": i, "special": True})
-    extra = metadata.get("additional_special_tokens") or []
-    extra = [token.get("content") if isinstance(token, dict) else token for token in extra]
-    for text in [*map(metadata.get, NAMED), *extra]:
-        if text and text not in added:
-            i = processor.piece_to_id(text)
-            size = max([size, *(token["id"] + 1 for token in added.values())])
-            known = processor.id_to_piece(i) == text
-            added[text] = {"id": i if known else size, "special": True}
+    for text in metadata["named"]:
+        i = processor.piece_to_id(text)
+        size = max([size, *(token["id"] + 1 for token in added.values())])
+        known = processor.id_to_piece(i) == text
+        added.setdefault(text, {"id": i if known else size})["special"] = True
     return added
 
 
-def writes_prefixes(path):
+def writes_prefixes(data):
     """Whether tokenizer.json puts ▁ before every part of a text, or only (False) at its beginning;
     None if it does not say."""
-    data = read_json(path)
     normalizer = data.get("normalizer") or {}
     steps = [normalizer, *(normalizer.get("normalizers") or [])]
     if any(step.get("type") == "Prepend" for step in steps):
@@ -160,25 +170,29 @@ class Tokenizer:
         except (RuntimeError, OSError) as e:
             raise UserError(
                 f"{self.path}: not a sentencepiece model ({str(e).strip()})") from None
-        metadata, added = self.metadata, with_named_tokens(self.metadata, processor)
+        beside = self.path.with_name("tokenizer.json")
+        data = read_json(beside) if beside.exists() else {}
+        metadata, added = self.metadata, with_named_tokens(
+            self.metadata, by_text(data, "added_tokens", beside), processor)
         self.bos, self.eos = (added[metadata[name]]["id"] if metadata.get(name) else None
                               for name in ("bos_token", "eos_token"))
         self.bos = processor.bos_id() if self.bos is None and processor.bos_id() >= 0 else self.bos
         self.add_bos = metadata.get("add_bos_token", True)
         self.add_eos = metadata.get("add_eos_token", False)
-        hidden = {token["id"] for token in added.values() if token.get("special")}
         texts = dict(enumerate(processor.id_to_piece(list(range(processor.vocab_size())))))
         self.text_of = (texts | {token["id"]: text for text, token in added.items()}).get
         self.vocabulary = lambda: {text: i for i, text in texts.items()} | {
             text: token["id"] for text, token in added.items()}
-        self.split = SentencePieceSplitter(processor, bare, added, self.prefix())
+        self.split = SentencePieceSplitter(processor, bare, added, self.prefix(data))
+        pieces = {i: [piece] for i, piece in texts.items()}
+        for text, token in added.items():  # spelt, since to sentencepiece it may be control or new
+            pieces[token["id"]] = [] if token.get("special") else [*text]
         self.decode = lambda ids: processor.decode(
-            [i for i in ids if i < processor.vocab_size() and i not in hidden])
+            [piece for i in ids for piece in pieces.get(i, [])])
 
-    def prefix(self):
+    def prefix(self, data):
         """Where ▁ goes: "every" part of a text between special tokens, its "first", or "none"."""
-        beside = self.path.with_name("tokenizer.json")
-        every = writes_prefixes(beside) if beside.exists() else None
+        every = writes_prefixes(data)
         if every is None:
             every = self.metadata.get("legacy") is not False
         wanted = self.metadata.get("add_prefix_space") is not False
@@ -197,11 +211,12 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         metadata = self.metadata
+        tokens = []
         for text, token in sorted(metadata["added"].items(), key=lambda item: item[1]["id"]):
-            if tokenizer.token_to_id(text) is None:
-                flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip",
-                                                                  "single_word", "special")}
-                tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False, **flags)])
+            flags = {name: bool(token[name]) for name in FLAGS & token.keys()}
+            flags |= {"special": True} if text in metadata["named"] else {}
+            tokens.append(tokenizers.AddedToken(text, **flags))
+        tokenizer.add_tokens(tokens)  # those that it has already stay, with these flags
         around = tokenizer.encode("").ids  # what the tokenizer itself puts around a text
         bos, self.eos = (tokenizer.token_to_id(metadata.get(name) or "")
                          for name in ("bos_token", "eos_token"))
@@ -219,8 +234,8 @@ class SentencePieceSplitter:
 
     def __init__(self, processor, bare, added, prefix):
         self.processor, self.bare, self.added, self.prefix = processor, bare, added, prefix
-        # Of those that begin at one place the longest; a `single_word` only between blanks.
-        patterns = [rf"(?<![^ ]){re.escape(text)}(?![^ ])" if token.get("single_word") else
+        # Of those that begin at one place the longest; a `single_word` not within a word.
+        patterns = [rf"(?<!\w){re.escape(text)}(?!\w)" if token.get("single_word") else
                     re.escape(text) for text, token in sorted(added.items(), reverse=True,
                                                               key=lambda item: len(item[0]))]
         self.pattern = re.compile(f"({'|'.join(patterns)})" if patterns else "($^)")
@@ -318,8 +333,8 @@ class TextStream:
 
     def __init__(self, tokenizer, prompt_ids):
         self.decode, self.ids = tokenizer.decode, list(prompt_ids)[-8:]
-        self.window, self.shown = 0, len(
-            self.ids)  # decode from `window` on; tokens before `shown` have been shown
+        # Decode from `window` on; tokens before `shown` have been shown.
+        self.window, self.shown = 0, len(self.ids)
 
     def push(self, token):
         """The text that `token` completes, perhaps none."""
@@ -337,8 +352,8 @@ class TextStream:
         text = self.decode(self.ids[self.window:])
         if wait and (text.endswith("\ufffd") or len(text) <= len(before)):
             return ""
-        if text[len(before):].strip(
-        ):  # a window that began with blanks would lose those that follow
+        new = text[len(before):]
+        if new.strip():  # a window that began with blanks would lose those that follow
             self.window = self.shown
         self.shown = len(self.ids)
-        return text[len(before):]
+        return new

@@ -32,7 +32,8 @@ class Text:
         self.encode = partial(encode, tokenizer=self.tokenizer, template=self.template,
                               eos=config.eos_token_ids,
                               max_length=min(args.max_length, config.max_position_embeddings))
-        self.documents, self.held = split(args.data, args.allow_truncated)
+        self.documents, self.held = split(args.data, self.template,
+                                           args.allow_truncated)
         self.tested = self.held or self.documents[:1]
         examples = [self.encode(document) for document in self.tested[:args.eval_documents]]
         self.held_batches = batches_of(examples, args.batch_tokens)

@@ -5,8 +5,14 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 
-from support.chat import CHAT_TEMPLATES, encode_chat, find_chat_template, render_chat
-from support.data import encode, prompt_of
+from support.chat import (
+    CHAT_TEMPLATES,
+    encode_chat,
+    find_chat_template,
+    render_chat,
+    takes_system,
+)
+from support.data import Conversation, encode, prompt_of
 from support.decoder import load
 from support.errors import UserError
 from support.start import main
@@ -361,6 +367,22 @@ def test_training_sees_the_prompts_of_decoding(chat, turns):
             assert not learn[len(prompt) - 1]
 
 
+def test_training_sees_the_system_message_of_a_conversation(chat):
+    """Guards an answer that is learned without what it obeys, or a message that is learned."""
+    _, tokenizer, template = chat
+    turns = Conversation(["A?", "the stones", "B?", "kangaroo"])
+    plain = encode(turns, tokenizer, template, (2,), 10 ** 6)
+    turns.system = "Be brief."
+    ids, learn = encode(turns, tokenizer, template, (2,), 10 ** 6)
+    if not takes_system(template):
+        return
+    template = replace(template, system="Be brief.")
+    assert (ids, learn) == encode([*turns], tokenizer, template, (2,), 10 ** 6)
+    assert marked(ids, learn) == marked(*plain) and ids != plain[0]
+    prompt = prompt_of(turns, tokenizer, template)
+    assert prompt == encode_chat(tokenizer, template, ["A?"]) == ids[:len(prompt)]
+
+
 @pytest.mark.parametrize("write", [write_like_llama, write_prepending, write_byte_level])
 def test_a_conversation_is_the_ids_of_its_text(folder, write):
     """Guards the cuts between turns: at special tokens nothing may be added or lost."""
@@ -455,6 +477,25 @@ def test_ids_are_those_of_transformers(folder, vocabulary, name, legacy, seed):
         assert render_chat(template, turns) == text
         assert encode_chat(ours, template, turns) == theirs(text, add_special_tokens=False
                                                             ).input_ids
+
+
+@pytest.mark.parametrize("legacy", [None, False])
+@pytest.mark.parametrize("flags", [*FLAGS, {"single_word": True}, {"special": True}], ids=str)
+def test_added_tokens_are_those_of_transformers(folder, vocabulary, legacy, flags):
+    """Guards tokens that are not special: where they are cut out, and their text in decoding."""
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("transformers 5 has no tokenizer by sentencepiece, see support/tokenizer.py")
+    added = {i: token | {"special": False, "normalized": False} | flags
+             for i, token in ADDED.items()}
+    where = folder(legacy=legacy, added_tokens_decoder=added, tokenizer_class="LlamaTokenizer")
+    shutil.copy(vocabulary, where)
+    theirs = transformers.AutoTokenizer.from_pretrained(where)
+    ours = Tokenizer(where, replace(TINY, vocab_size=400))
+    for text in ("the<u>stones", "the <u> <a>\n the", "<u><a>🦘<e>", "<u>the", "a, <e>. b</s>"):
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("write", [write_prepending, write_byte_level])

@@ -32,6 +32,7 @@ from support.checkpoint import load_llama, read_config
 from support.data import (
     Windows,
     batches_of,
+    digest,
     document_of,
     documents_of,
     encode,
@@ -40,6 +41,7 @@ from support.data import (
     most_frequent,
     read_documents,
     split,
+    system_of,
 )
 from support.errors import UserError
 from support.processes import end_together
@@ -1039,7 +1041,11 @@ def test_plain_text_is_split_at_blank_lines(tmp_path):
                                          ("gpt:b", ""), ("human:a gpt:b human:c gpt:", "a b"),
                                          ("human: human:a gpt:b", "a b"),
                                          ("human:a tool:x gpt:b", ""),
+                                         ("human:a gpt:b tool:x gpt:c", "a b"),
+                                         ("tool:x human:a gpt:b", ""),
+                                         ("human:a system:s gpt:b", ""),
                                          ("user:a assistant:b", "a b"),
+                                         ("User:a ASSISTANT:b", "a b"),
                                          ("user:a chatgpt:b bing:c", "a b"), ("human:a gpt:", "")])
 def test_odd_conversations(turns, kept):
     """Guards real ShareGPT: an answer learned behind a turn that is not its prompt, or a crash."""
@@ -1047,6 +1053,35 @@ def test_odd_conversations(turns, kept):
     assert document_of({"conversations": messages}, "here") == kept.split()
     messages = [{"role": m["from"], "content": m["value"] or None} for m in messages]
     assert document_of({"messages": messages}, "here") == kept.split()
+    messages = [m | {"content": [{"type": "text", "text": m["content"] or ""}]} for m in messages]
+    assert document_of({"messages": messages}, "here") == kept.split()
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    """Guards conversations that vanish without a word, or that go on from what is not there."""
+    def chat(answer, *before, **entry):
+        return {"messages": [*before, {"role": "user", "content": "Hello"},
+                             {"role": "assistant", "content": "Bonjour"} | answer]} | entry
+
+    french = {"role": "system", "content": "Speak French."}
+    entries = [chat({}, french), chat({}, system="Speak French."), chat({}),
+               chat({"tool_calls": [{"name": "f"}]}), chat({"content": [{"type": "image"}]}),
+               {"messages": [*chat({})["messages"], french]}, {"messages": []}, {"text": "plain"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)))
+    documents, held = split([path])
+    assert not held and documents == read_documents(path) == [["Hello", "Bonjour"]] * 4 + ["plain"]
+    assert [*map(system_of, documents)] == ["Speak French."] * 2 + [None] * 3
+    assert digest(documents[:1]) == digest(documents[1:2]) != digest(documents[2:3]) == digest(
+        [["Hello", "Bonjour"]])
+    assert capsys.readouterr().err == (
+        "--data: of 7 conversations 1 left out: tool calls, 1 left out: contents that are not text,"
+        " 1 cut short: a further system message, 1 left out: a turn is missing\n")
+    assert split([path], CHAT_TEMPLATES["llama2"])[0] == documents
+    path.write_text(json.dumps(entries[0]))
+    with pytest.raises(UserError, match="no document to train on, of 1 conversations 1 left out: a "
+                       "system message, which the chat template does not take"):
+        split([path], CHAT_TEMPLATES["none"])
 
 
 ONE = json.dumps({"text": TEXT[0]})
