@@ -10,7 +10,6 @@ import math
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from functools import partial
@@ -27,6 +26,7 @@ from support.data import json_turns
 from support.decoder import Settings, timed
 from support.errors import UserError
 from support.program import Parser
+from support.terminal import say
 from support.watch import TimedDrafter
 
 import torch
@@ -231,8 +231,8 @@ def progress(items, before=""):
     """Each of a list of items; on standard error how many are done."""
     for i, item in enumerate(items, 1):
         yield item
-        print(f"\r{before}{i}/{len(items)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        say(f"\r{before}{i}/{len(items)}", end="")
+    say("")
 
 
 def line(label, cells, width):
