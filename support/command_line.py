@@ -26,7 +26,7 @@ from support.decoder import (
 )
 from support.errors import UserError, require
 from support.program import HELP, Parser, options, run_program
-from support.replay import Recorder, add_trace
+from support.replay import Recorder, add_trace, refuse_other_files
 from support.terminal import DIM, Screen, say
 
 
@@ -127,6 +127,8 @@ def parse_arguments(argv):
     require(args.width <= MAX_WIDTH, f"--width {args.width}: must be at most {MAX_WIDTH}")
     require(trace is None or trace.parent.is_dir() and not trace.is_dir(),
             f"--trace {trace}: must be a file, in a folder that exists")
+    if trace:
+        refuse_other_files(trace)
     require(args.width > 1 or args.drafter == "none",
             "--width 1: has no room for a draft, give --drafter none too")
     require(args.width > CHAIN_WIDTH or not tree,
