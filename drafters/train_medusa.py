@@ -127,8 +127,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    return run_program("train_medusa.py", lambda: MedusaTraining(parse_arguments(argv)).run(),
-                       "interrupted, --resume goes on from the last checkpoint")
+    return run_program("train_medusa.py", lambda: MedusaTraining(parse_arguments(argv)).run())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ Nothing of the algorithm.
 import contextlib
 import io
 import json
+import math
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
 
 from support.checkpoint import write_atomically
@@ -44,8 +48,49 @@ class Progress:
         say(text + "\033[K" * self.live)
 
     def write(self, record):
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as e:  # a full disk's names no file
+            raise UserError(f"{self.log}: cannot be written ({e.strerror})") from None
+
+
+class Interruption:
+    """While it is entered, Ctrl-C and SIGTERM are kept in `signal`, for a good moment to end, and a
+    closed terminal ends nothing.
+
+    The second one ends at once, if it comes a second later: before that it is the first one again,
+    which torchrun passes on.
+    """
+    PATIENCE = 1.0  # seconds
+
+    def __init__(self, quiet=False):
+        self.quiet, self.process, self.signal, self.waits_until = quiet, os.getpid(), 0, math.inf
+
+    def __enter__(self):
+        handlers = {signal.SIGINT: self.catch, signal.SIGTERM: self.catch}
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            handlers[signal.SIGHUP] = signal.SIG_IGN
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            self.before = {number: signal.signal(number, handler)
+                           for number, handler in handlers.items()
+                           if signal.getsignal(number) != signal.SIG_IGN}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def catch(self, number, _):
+        if os.getpid() != self.process:
+            return  # a worker: it ends with its training
+        if time.monotonic() > self.waits_until:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.waits_until = number, time.monotonic() + self.PATIENCE
+            with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+                self.quiet or say("\nstops when this is saved, at once if asked again")
 
 
 def trim_log(path, step):
@@ -68,18 +113,24 @@ def save_checkpoint(path, module, optimizers, state):
     write_atomically(path, buffer.getvalue())
 
 
+def read_checkpoint(path):
+    """What `save_checkpoint` wrote. UserError if it is nothing of the kind."""
+    try:
+        # To the CPU, where AdamW counts its steps: on a GPU each would cost a sync.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state | {"options": dict(state["options"])}
+    except Exception as e:  # torch.load raises whatever a damaged file leads it to
+        raise UserError(f"{path}: no checkpoint that --resume could go on from "
+                        f"({type(e).__name__})") from None
+
+
 def load_checkpoint(path, module, optimizers, options):
     """Fill module and optimizers, wherever they are; returns the rest of the state.
 
     UserError unless it was made with the same options.
     """
-    try:
-        # To the CPU, where AdamW counts its steps: on a GPU each would cost a sync.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = state["options"]
-    except Exception as e:  # torch.load raises whatever a damaged file leads it to
-        raise UserError(f"{path}: no checkpoint that --resume could go on from "
-                        f"({type(e).__name__})") from None
+    state = read_checkpoint(path)
+    made_with = state["options"]
     for name, value in options.items():
         if made_with.get(name) != value:
             raise UserError(f"{path}: was made with --{name.replace('_', '-')} "

@@ -4,12 +4,16 @@ Nothing of the algorithm. What only the model can tell (its layers, its vocabula
 it is loaded, by `Training`.
 """
 import math
+import os
+import weakref
 from functools import partial
 from pathlib import Path
 
 from drafters.adapters import ADAPTERS
+from support.checkpoint import lock, remove_parts
 from support.errors import UserError, require
 from support.program import HELP, Parser, options, refuse_below_one
+from support.progress import read_checkpoint
 
 LEARN = "target", "text"
 
@@ -51,6 +55,7 @@ def make_parser(prog, needs, description):
            "the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, … (default: cuda if there is one)")
     flag("--resume", help="go on from the checkpoint in --out")
+    flag("--overwrite", help="begin anew in an --out that holds a checkpoint or an adapter")
     flag("--allow-truncated", help="take what is readable of a JSON list that breaks off")
     return parser
 
@@ -100,15 +105,25 @@ def require_one_of(name, value, values):
 
 
 def prepare_folder(args):
-    """Make --out. UserError if it holds a checkpoint that is not asked for, or lacks one that
-    is."""
-    checkpoint = args.out / "checkpoint.pt"
-    require(args.resume or not checkpoint.exists(),
-            f"--out {args.out}: holds a checkpoint, give --resume to go on from it or another "
-            "folder")
-    require(not args.resume or checkpoint.exists(),
-            f"--resume: {checkpoint} is not there, leave out --resume to begin")
+    """Make --out, for this training alone. UserError if it holds what is not to be lost, or lacks
+    the checkpoint to go on from."""
+    held = [name for name in ("checkpoint.pt", "config.json") if (args.out / name).exists()]
+    require(args.resume or args.overwrite or not held,
+            f"--out {args.out}: holds {' and '.join(held)}; give another folder, --resume to go on "
+            "from a checkpoint, or --overwrite")
+    require(not args.resume or "checkpoint.pt" in held,
+            f"--resume: {args.out / 'checkpoint.pt'} is not there, leave out --resume to begin")
+    if args.resume and args.init and not args.init.exists():  # the checkpoint has all of it
+        made_with = read_checkpoint(args.out / "checkpoint.pt")["options"]
+        if made_with.get("init"):
+            args.init, args.architecture = None, made_with["architecture"]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
+    if os.name == "posix" and os.environ.get("RANK", "0") == "0":  # Windows opens no folder
+        folder = os.open(args.out, os.O_RDONLY)
+        weakref.finalize(args, os.close, folder)
+        require(lock(folder, wait=False),
+                f"--out {args.out}: another training writes there, give another folder")
+        remove_parts(args.out)
