@@ -6,7 +6,6 @@ Nothing of the algorithm.
 """
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import support.decoder
@@ -290,7 +289,7 @@ def run(args):
         screen.write(end + "\n")
         if args.json:
             print(json.dumps(results[-1]), flush=True)
-    print(summary(results), file=sys.stderr if args.json else sys.stdout, flush=True)
+    (say if args.json else print)(summary(results))
     if text := warning(results, decoder, args.drafter):
         say(text)
     return 0 if all(r.get("identical", True) for r in results) else 1

@@ -56,11 +56,11 @@ class Progress:
 
 
 class Interruption:
-    """While it is entered, Ctrl-C and SIGTERM are kept in `signal`, for a good moment to end, and a
-    closed terminal ends nothing.
+    """While it is entered, Ctrl-C and SIGTERM are kept in `signal`, to end by after an update; and
+    a closed terminal (SIGHUP) ends nothing, unless torchrun, which it ends, has started this.
 
-    The second one ends at once, if it comes a second later: before that it is the first one again,
-    which torchrun passes on.
+    A second one ends at once, if it comes a second later: before that it may be the first one
+    again, which torchrun passes on.
     """
     PATIENCE = 1.0  # seconds
 
@@ -70,7 +70,7 @@ class Interruption:
     def __enter__(self):
         handlers = {signal.SIGINT: self.catch, signal.SIGTERM: self.catch}
         if hasattr(signal, "SIGHUP"):  # not on Windows
-            handlers[signal.SIGHUP] = signal.SIG_IGN
+            handlers[signal.SIGHUP] = self.catch if "RANK" in os.environ else signal.SIG_IGN
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # no other one may
             self.before = {number: signal.signal(number, handler)
@@ -90,7 +90,7 @@ class Interruption:
         if not self.signal:
             self.signal, self.waits_until = number, time.monotonic() + self.PATIENCE
             with contextlib.suppress(RuntimeError):  # it came in the middle of another line
-                self.quiet or say("\nstops when this is saved, at once if asked again")
+                self.quiet or say("\nstopping after this update; Ctrl-C again stops at once")
 
 
 def trim_log(path, step):

@@ -3,6 +3,7 @@
 And status 2. Some of them run for hours, so it must come to light before anything is measured or
 written.
 """
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bench import ablations, authors_methods, choose, gpu, order, rules, spec_bench, speed
 from models import make_stories, own_answers
+from support import command_line
 from support.program import run_program
 
 import pytest
@@ -226,6 +228,18 @@ def test_streams_that_are_closed_or_full(tmp_path, redirected, status, out, err)
                           env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_is_for_people_need_not_be_read(folder, monkeypatch, capsys):
+    """Guards --json: an error after the last object, because the reader of the summary has left."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    words = [*MODEL.split(), "--json", "--prompt", "a", "--max-new-tokens", "2"]
+    monkeypatch.chdir(folder)
+    assert command_line.main(words) == 0 and json.loads(capsys.readouterr().out)["ids"]
 
 
 @pytest.mark.parametrize("module", ["llama", "kangaroo", "train_adapter", "support.decoder"])
