@@ -89,8 +89,9 @@ class Interruption:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self.waits_until = number, time.monotonic() + self.PATIENCE
-            with contextlib.suppress(RuntimeError):  # it came in the middle of another line
-                self.quiet or say("\nstopping after this update; Ctrl-C again stops at once")
+            if not self.quiet:
+                with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+                    say("\nstopping after this update; Ctrl-C again stops at once")
 
 
 def trim_log(path, step):
