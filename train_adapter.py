@@ -15,10 +15,29 @@ config.json and log.jsonl. Left out on purpose: training the target. In order: w
 adapter begins with, and a whole run (`Training`). docs/training.md says how to choose options, and
 what to do if few drafts are accepted.
 """
+import sys
+
+from support.program import run_program
+from support.terminal import say, status
+from support.training_options import parse_adapter_arguments
+
+
+def main(argv=None):
+    def run():
+        args = parse_adapter_arguments(argv)
+        status(f"loading {args.model.resolve().name} …")
+        from train_adapter import train  # not before: importing PyTorch takes a second
+        train(args)
+
+    return run_program("train_adapter.py", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
 import copy
 import math
 import random
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -26,16 +45,19 @@ from typing import NamedTuple
 
 from drafters.adapters import ADAPTERS, PartialHead, describe, load_adapter, new_adapter
 from kangaroo import STEPS, THRESHOLD, KangarooDrafter, generate
-from support.checkpoint import config_json, load_llama, trained_weights, write_safetensors
+from support.checkpoint import (
+    config_json,
+    digest_of,
+    load_llama,
+    trained_weights,
+    write_safetensors,
+)
 from support.data import batches_of, digest
 from support.decoder import pick_device_and_dtype
 from support.errors import UserError, require
 from support.files import write_json
 from support.processes import Processes, end_together
-from support.program import run_program
-from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
-from support.terminal import say
-from support.training_options import parse_adapter_arguments
+from support.progress import Interruption, Progress, load_checkpoint, save_checkpoint, trim_log
 from support.training_text import Text
 
 import torch
@@ -360,19 +382,24 @@ class Training:
     def begin(self, dtype):
         """The state of a new run, or that of the one to go on with; and the log."""
         args, text = self.args, self.text
-        made_with = {"init": args.init and str(args.init), "chat": text.chat, "dtype": dtype,
-                     "architecture": self.architecture,
+        made_with = {"init": args.init and f"of digest {digest_of(self.adapter)}",
+                     "chat": text.chat, "dtype": dtype, "architecture": self.architecture,
                      "model": f"of fingerprint {self.model.fingerprint}",
                      "data": f"of digest {digest(text.documents)}"}
         made_with |= {name: getattr(args, name) for name in self.EXACT}
+        if args.resume and args.init is None:
+            del made_with["init"]  # the checkpoint's, whatever it was
         self.state = {"step": 0, "window": 0, "update": 0, "tokens": 0, "seconds": 0.0,
-                      "options": made_with}
+                      "options": made_with, "begun_from": self.begun_from}
         self.checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
         if args.resume:
-            self.state = load_checkpoint(self.checkpoint, self.adapter, [self.optimizer], made_with)
+            self.state |= load_checkpoint(self.checkpoint, self.adapter, [self.optimizer],
+                                          made_with)
         if self.first:
             if text.note():
                 say(text.note())
+            if not args.resume:
+                self.checkpoint.unlink(missing_ok=True)  # of a run that --overwrite ends
             n = sum(p.numel() for p in self.adapter.parameters())
             say(f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
                 f"{self.target.exit_layer} · adapter {self.architecture}, {n / 1e6:.2f} M "
@@ -383,6 +410,14 @@ class Training:
 
     def run(self):
         """All updates that are left, then the adapter."""
+        with Interruption(quiet=not self.first) as self.interruption:
+            self.make_updates()
+            if self.first:
+                self.finish()
+        self.processes.wait()
+        self.processes.leave()
+
+    def make_updates(self):
         args, state, elapsed, begin = self.args, self.state, self.state["seconds"], time.time()
         stream = updates(self.text.windows(state["window"]), args, self.teacher,
                          state["update"], self.processes.rank, self.processes.ranks)
@@ -397,10 +432,6 @@ class Training:
             state["tokens"] += tokens
             state["seconds"] = elapsed + time.time() - begin
             self.report(sums, tokens)
-        if self.first:
-            self.finish()
-        self.processes.wait()
-        self.processes.leave()
 
     def parts(self, batches, scale):
         """(adapter, States, scale) of each batch, as `take_step` wants them."""
@@ -411,8 +442,12 @@ class Training:
         args, step = self.args, self.state["step"]
         if self.first:
             self.progress.report(step, means_of(sums), tokens)
-            if step % args.save_every == 0 or step == args.updates:
+            ended_by = self.interruption.signal
+            if ended_by or step % args.save_every == 0 or step == args.updates:
                 save_checkpoint(self.checkpoint, self.adapter, [self.optimizer], self.state)
+            if ended_by:
+                raise KeyboardInterrupt(f"interrupted after update {step}, --resume goes on from "
+                                        "there", 128 + ended_by)
         self.evaluate_if_due()
 
     def evaluate_if_due(self):
@@ -457,7 +492,7 @@ class Training:
             "data": [Path(path).name for path in args.data], "documents": len(self.text.documents),
             "held_out_documents": len(self.text.held), "updates": args.updates,
             "tokens": state["tokens"], "seconds": round(state["seconds"]), "device": str(device),
-            "learn": args.learn, "loss": args.loss, "lr": args.lr, "init": self.begun_from,
+            "learn": args.learn, "loss": args.loss, "lr": args.lr, "init": state["begun_from"],
             "vocabulary_coverage": round(self.text.coverage, 4), "held_out": held_out})
 
     def save(self, facts):
@@ -471,14 +506,6 @@ class Training:
             "chat_template": self.text.chat, "training": facts})
 
 
-def main(argv=None):
-    @end_together()
-    def run():
-        Training(parse_adapter_arguments(argv, LOSSES)).run()
-
-    return run_program("train_adapter.py", run,
-                       "interrupted, --resume goes on from the last checkpoint")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@end_together()
+def train(args):
+    Training(args).run()

@@ -52,6 +52,7 @@ from support.decoder import Settings, load, pick_device_and_dtype
 from support.files import write_atomically
 from support.packing import pack
 from support.program import refuse_below_one, run_program
+from support.terminal import say
 from support.tokenizer import Tokenizer
 from train_adapter import (
     BETAS,
@@ -216,11 +217,11 @@ def train_all(todo, args):
     states, held = (states_at(target, exits, batches_of(examples, args.batch_tokens))
                     for examples in (rest, held))
     held_tokens = sum(len(batch[min(exits)].goal.best) for batch in held)
-    print(f"{learned:,} tokens to learn from, {held_tokens:,} held out", file=sys.stderr)
+    say(f"{learned:,} tokens to learn from, {held_tokens:,} held out")
     adapters = []
     for variant in todo:
         adapters.append((variant, train(variant, model, vocabulary, states, held, args)))
-        print(f"{variant.name}: {variant.found}", file=sys.stderr, flush=True)
+        say(f"{variant.name}: {variant.found}")
     return adapters
 
 
@@ -370,7 +371,7 @@ def main(argv=None):
         found = measure(decoder, questions, prompts, outputs, args)
         results["variants"][variant.name] = variant.found | found
         write_atomically(args.out, json.dumps(results, ensure_ascii=False).encode())
-        print(f"{variant.name}: measured", file=sys.stderr, flush=True)
+        say(f"{variant.name}: measured")
     show(results)
 
 

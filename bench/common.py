@@ -10,7 +10,6 @@ import math
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from functools import partial
@@ -28,6 +27,7 @@ from support.errors import UserError
 from support.files import read_json, write_json
 from support.program import Parser
 from support.prompts import read_prompts
+from support.terminal import status, wipe_status
 from support.watch import TimedDrafter
 
 import torch
@@ -217,8 +217,8 @@ def progress(items, before=""):
     """Each of a list of items; on standard error how many are done."""
     for i, item in enumerate(items, 1):
         yield item
-        print(f"\r{before}{i}/{len(items)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        status(f"{before}{i}/{len(items)}")
+    wipe_status()
 
 
 def line(label, cells, width):

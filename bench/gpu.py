@@ -64,6 +64,7 @@ from support.limits import TREE_WIDTH
 from support.packing import use_fast_norms
 from support.program import refuse_below_one, run_program
 from support.self_check import rows_are_alike
+from support.terminal import say
 
 import torch
 
@@ -548,7 +549,7 @@ def measure_apart(part, argv, minutes):
         subprocess.run([sys.executable, __file__, *rest, "--parts", part], timeout=60 * minutes,
                        stdout=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        print(f"{part}: not done in {minutes:g} minutes", file=sys.stderr)
+        say(f"{part}: not done in {minutes:g} minutes")
 
 
 def main(argv=None):
@@ -559,7 +560,7 @@ def main(argv=None):
         if part in results_for(args, device, dtype)["parts"]:
             continue
         if args.everything:
-            print(part, file=sys.stderr, flush=True)
+            say(part)
             measure_apart(part, argv, args.minutes)
         else:
             measure(part, args, device, dtype)

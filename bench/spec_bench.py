@@ -35,6 +35,7 @@ from bench.methods import (
 from support.errors import UserError
 from support.files import read_json, write_atomically
 from support.program import refuse_below_one, run_program
+from support.terminal import say, status, wipe_status
 
 SUBTASKS = {  # in the order of Spec-Bench's own tables
     "mt_bench": "MT-Bench", "translation": "Translation", "summarization": "Summarization",
@@ -58,9 +59,8 @@ def measure(methods, questions, results, args):
         write_atomically(args.out, json.dumps(results).encode())
         left = (time.perf_counter() - begin) / done * (len(todo) - done)
         bar = "█" * (20 * done // len(todo))
-        print(f"\r{bar:░<20} {done}/{len(todo)} questions · {left / 60:.0f} min left ", end="",
-              file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        status(f"{bar:░<20} {done}/{len(todo)} questions · {left / 60:.0f} min left")
+    wipe_status()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def methods_of(args, more):
     if not any(m.drafter != "none" for m in methods.methods.values()):
         raise UserError(f"--methods {args.methods}: {'; '.join(methods.left_out.values())}")
     for name, why in methods.left_out.items():
-        print(f"{name} is left out: {why}", file=sys.stderr)
+        say(f"{name} is left out: {why}")
     return methods
 
 

@@ -19,6 +19,7 @@ from support import replay, start
 from support.decoder import DEFAULT_MODEL
 from support.files import write_atomically
 from support.limits import TREE_WIDTH
+from support.terminal import say
 
 PROMPT = "Once upon a time"
 
@@ -43,7 +44,7 @@ def recorded():
             if method == "rest":
                 needs = ["--datastore", datastore(Path(folder))]
             if not all(Path(word).exists() for word in needs[1:]):
-                print(f"left out: {method}, for there is no {needs[1]}", file=sys.stderr)
+                say(f"left out: {method}, for there is no {needs[1]}")
                 continue
             name = method.removesuffix("-tree")
             flags = ["--drafter", "kangaroo" if name == "tree" else name, *needs]

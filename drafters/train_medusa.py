@@ -20,7 +20,7 @@ from support.errors import require
 from support.files import write_json
 from support.program import options, refuse_below_one, run_program
 from support.training_options import make_parser, prepare_folder, refuse_wrong_values
-from train_adapter import LOSSES, Distribution, States, Target, Training
+from train_adapter import Distribution, States, Target, Training
 
 import torch
 
@@ -123,14 +123,13 @@ def parse_arguments(argv):
     parser.set_defaults(learn="target", init=None, exit_layer=None)
     args = parser.parse_args(argv)
     refuse_below_one(args, "heads")
-    refuse_wrong_values(args, LOSSES)
+    refuse_wrong_values(args)
     prepare_folder(args)
     return args
 
 
 def main(argv=None):
-    return run_program("train_medusa.py", lambda: MedusaTraining(parse_arguments(argv)).run(),
-                       "interrupted, --resume goes on from the last checkpoint")
+    return run_program("train_medusa.py", lambda: MedusaTraining(parse_arguments(argv)).run())
 
 
 if __name__ == "__main__":

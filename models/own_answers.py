@@ -21,6 +21,7 @@ from support.decoder import pick_device_and_dtype
 from support.errors import UserError
 from support.packing import pack
 from support.program import Parser, refuse_below_one, run_program
+from support.terminal import status, wipe_status
 from support.tokenizer import Tokenizer
 
 import torch
@@ -116,11 +117,10 @@ def main(argv=None):
                          {"from": "gpt", "value": tokenizer.decode(ids)}]
                 out.write(json.dumps({"conversations": turns}) + "\n")
             seconds = time.perf_counter() - begin
-            print(f"\r{tokens} tokens, {tokens / seconds:.0f}/s", end="", file=sys.stderr,
-                  flush=True)
+            status(f"{tokens} tokens, {tokens / seconds:.0f}/s")
             if seconds > 60 * args.minutes:
                 break
-    print(file=sys.stderr)
+    wipe_status()
 
 
 if __name__ == "__main__":

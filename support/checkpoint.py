@@ -366,6 +366,11 @@ def digest(tensors):
     return result.hexdigest()[:16]
 
 
+def digest_of(module):
+    """Tells a module's weights from others."""
+    return digest(weight.detach().cpu() for weight in module.parameters())
+
+
 def fingerprint(samples):
     """Tells one Llama from another, of {name: sample}.
 

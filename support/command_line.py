@@ -26,7 +26,7 @@ from support.decoder import (
 from support.errors import UserError, require
 from support.files import require_folder
 from support.prompts import check_text
-from support.replay import Recorder, add_trace
+from support.replay import Recorder, add_trace, refuse_other_files
 from support.terminal import DIM, Screen, say
 
 ROOM = 2048  # tokens of a conversation that CUDA graphs are recorded for; a longer one waits again
@@ -34,6 +34,8 @@ ROOM = 2048  # tokens of a conversation that CUDA graphs are recorded for; a lon
 
 def prepare(args):
     """(decoder, settings) that parsed arguments ask for."""
+    if args.trace:
+        refuse_other_files(args.trace)
     folder, part = Path(args.model or DEFAULT_MODEL), drafter_named(args.drafter).part
     require_folder(folder, "--model")
     parts = dict.fromkeys(parts_needed(), False)

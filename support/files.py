@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import secrets
+import shutil
 from pathlib import Path
 
 from support.errors import UserError, require
@@ -25,16 +27,47 @@ def write_json(path, data):
 
 
 def write_atomically(path, data):
-    """Write bytes so that at any moment `path` holds all of the old ones or all of the new ones."""
+    """Write bytes so that at any moment `path` holds all of the old ones or all of the new ones.
+
+    Of two writers at once the later wins. Nothing is left of a write that fails.
+    """
     path = Path(path)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer's
     try:
-        with open(path.with_name(path.name + ".tmp"), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
+        try:
+            with open(part, "xb") as file:
+                if os.path.isfile(path):
+                    shutil.copymode(path, part)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:  # a half that stayed would keep a full disk full
+            part.unlink(missing_ok=True)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror})") from None
+        kept = "; the one before is kept" if os.path.isfile(path) else ""
+        raise UserError(f"{path}: cannot be written ({e.strerror}){kept}") from None
+
+
+def remove_parts(folder):
+    """Remove what writers that were killed have left in a folder that no other one writes to."""
+    for part in Path(folder).glob(f"*.{'[0-9a-f]' * 8}.tmp"):
+        part.unlink()
+
+
+def lock(file, wait=True):
+    """Whether an open file or folder is this process's alone, until it is closed or that ends.
+
+    What cannot be locked, as on Windows or on some file systems, counts as its own.
+    """
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def require_folder(folder, flag, wanted="a Hugging Face folder, with config.json and weights"):

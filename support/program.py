@@ -26,23 +26,46 @@ def refuse_below_one(args, *names):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
 
 
-def run_program(name, run, interrupted="interrupted"):
+def open_closed_streams():
+    """A standard stream that was closed leads nowhere.
+
+    Else print would take standard output for standard error, and the next file that is opened would
+    be one of them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def run_program(name, run):
     """run()'s exit status, None is 0; what the user can put right ends as one line and status 2."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what cannot take a character gets a ? for it
             stream.reconfigure(errors="replace")
     try:
-        return run() or 0
-    except KeyboardInterrupt:
-        say(f"\n{interrupted}")
-        return 130
+        status = run() or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as e:
+        text, status = e.args or ("interrupted", 130)
+        say(f"\n{text}")
+        return status
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as e:
         say(f"{name}: {e}")
         return 2
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # Python would try again, and end with status 120
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def options(parser, title=None):

@@ -5,7 +5,11 @@ Nothing of the algorithm.
 import contextlib
 import io
 import json
+import math
+import os
+import signal
 import sys
+import threading
 import time
 
 from support.errors import UserError
@@ -36,8 +40,50 @@ class Progress:
         self.write({"step": step, **figures, "tokens_per_second": speed})
 
     def write(self, record):
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as e:  # a full disk's names no file
+            raise UserError(f"{self.log}: cannot be written ({e.strerror})") from None
+
+
+class Interruption:
+    """While it is entered, Ctrl-C and SIGTERM are kept in `signal`, to end by after an update; and
+    a closed terminal (SIGHUP) ends nothing, unless torchrun, which it ends, has started this.
+
+    A second one ends at once, if it comes a second later: before that it may be the first one
+    again, which torchrun passes on.
+    """
+    PATIENCE = 1.0  # seconds
+
+    def __init__(self, quiet=False):
+        self.quiet, self.process, self.signal, self.waits_until = quiet, os.getpid(), 0, math.inf
+
+    def __enter__(self):
+        handlers = {signal.SIGINT: self.catch, signal.SIGTERM: self.catch}
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            handlers[signal.SIGHUP] = self.catch if "RANK" in os.environ else signal.SIG_IGN
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            self.before = {number: signal.signal(number, handler)
+                           for number, handler in handlers.items()
+                           if signal.getsignal(number) != signal.SIG_IGN}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def catch(self, number, _):
+        if os.getpid() != self.process:
+            return  # a worker: it ends with its training
+        if time.monotonic() > self.waits_until:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.waits_until = number, time.monotonic() + self.PATIENCE
+            if not self.quiet:
+                with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+                    say("\nstopping after this update; Ctrl-C again stops at once")
 
 
 def trim_log(path, step):
@@ -60,18 +106,24 @@ def save_checkpoint(path, module, optimizers, state):
     write_atomically(path, buffer.getvalue())
 
 
+def read_checkpoint(path):
+    """What `save_checkpoint` wrote. UserError if it is nothing of the kind."""
+    try:
+        # To the CPU, where AdamW counts its steps: on a GPU each would cost a sync.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state | {"options": dict(state["options"])}
+    except Exception as e:  # torch.load raises whatever a damaged file leads it to
+        raise UserError(f"{path}: no checkpoint that --resume could go on from "
+                        f"({type(e).__name__})") from None
+
+
 def load_checkpoint(path, module, optimizers, options):
     """Fill module and optimizers, wherever they are; returns the rest of the state.
 
     UserError unless it was made with the same options.
     """
-    try:
-        # To the CPU, where AdamW counts its steps: on a GPU each would cost a sync.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = state["options"]
-    except Exception as e:  # torch.load raises whatever a damaged file leads it to
-        raise UserError(f"{path}: no checkpoint that --resume could go on from "
-                        f"({type(e).__name__})") from None
+    state = read_checkpoint(path)
+    made_with = state["options"]
     for name, value in options.items():
         if made_with.get(name) != value:
             raise UserError(f"{path}: was made with --{name.replace('_', '-')} "

@@ -9,13 +9,15 @@ itself, one file without network, its styles and its script are `replay.html`, w
 its own; the comment at the top of its script describes the JSON.
 """
 import json
+import os
 from functools import partial
 from html import escape
 from pathlib import Path
 
 from drafters.table import DRAFTERS, drafter_named
 from kangaroo import KangarooDrafter
-from support.files import write_atomically
+from support.errors import require
+from support.files import lock, write_atomically
 
 TEMPLATE = Path(__file__).with_name("replay.html")
 HERE = "<!-- here replay.py puts the traces, as tables and as JSON -->"
@@ -165,23 +167,36 @@ def layer_passes(run):
 # --------------------------------------------------------------------------------------------------
 # The page
 
+def refuse_other_files(path):
+    """UserError if a file is there that `add_trace` has not written."""
+    try:
+        ours = Path(path).is_file() and JSON in Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        ours = False
+    require(ours or not os.path.exists(path),
+            f"--trace {path}: is no page that --trace has written, give another name")
+
+
 def add_trace(path, trace):
     """Write a page with this trace, and with those of other methods if it holds such already.
 
-    They must be of the same text. Any other file is replaced.
+    They must be of the same text; those of another are replaced.
     """
     def text(trace):
         return trace["prompt"], trace["chat"], [
             token["id"] for round_ in trace["rounds"] for token in round_["committed"]]
 
-    try:
-        others = [other for other in read_page(path)
-                  if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        others = []
-    order = list(DRAFTERS)
-    traces = sorted([trace, *others], key=lambda trace: order.index(trace["drafter"]))
-    write_atomically(path, page(traces).encode())
+    with open(TEMPLATE) as template:
+        lock(template)  # one page at a time: else of two writers the later would lose the other's
+        refuse_other_files(path)
+        try:
+            others = [other for other in read_page(path)
+                      if text(other) == text(trace) and other["drafter"] != trace["drafter"]]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            others = []
+        order = list(DRAFTERS)
+        traces = sorted([trace, *others], key=lambda trace: order.index(trace["drafter"]))
+        write_atomically(path, page(traces).encode())
 
 
 def page(traces):

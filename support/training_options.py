@@ -4,13 +4,17 @@ Nothing of the algorithm. What only the model can tell (its layers, its vocabula
 it is loaded, by `Training`.
 """
 import math
+import os
+import weakref
 from pathlib import Path
 
-from drafters.adapters import ADAPTERS
 from support.errors import UserError, require
+from support.files import lock, remove_parts, require_folder
 from support.program import Parser, formatter, options, refuse_below_one
 
 LEARN = "target", "text"
+# Their functions and classes need PyTorch: LOSSES of train_adapter.py, ADAPTERS of adapters.py.
+LOSSES, ARCHITECTURES = ("cross-entropy", "reverse", "acceptance", "hard"), ("attention", "layer")
 
 
 def make_parser(prog, needs, description):
@@ -50,11 +54,12 @@ def make_parser(prog, needs, description):
            "the device is fast at it)")
     option("--device", "DEV", "cpu, cuda, … (default: cuda if there is one)")
     flag("--resume", "go on from the checkpoint in --out")
+    flag("--overwrite", "begin anew in an --out that holds a checkpoint or an adapter")
     flag("--allow-truncated", "take what is readable of a JSON list that breaks off")
     return parser
 
 
-def parse_adapter_arguments(argv, losses):
+def parse_adapter_arguments(argv):
     """The arguments of train_adapter.py. UserError names the option that is wrong."""
     parser = make_parser("train_adapter.py", "--exit-layer ℓ", "Train Kangaroo's adapter for a "
                          "Llama. See docs/training.md.")
@@ -66,19 +71,20 @@ def parse_adapter_arguments(argv, losses):
     option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
            "that is said, for which the first ℓ layers suffice", "target")
     args = parser.parse_args(argv)
-    refuse_wrong_values(args, losses)
+    refuse_wrong_values(args)
     require(args.architecture != "medusa", "--architecture medusa: heads are trained by python "
             "drafters/train_medusa.py")
-    require_one_of("architecture", args.architecture, ADAPTERS)
+    require_one_of("architecture", args.architecture, ARCHITECTURES)
     require_one_of("learn", args.learn, LEARN)
     require(args.exit_layer is not None, "--exit-layer: is needed, see --help")
+    require_folder(args.model, "--model")
     require(args.learn == "target" or args.loss == "cross-entropy",
             f"--loss {args.loss}: not for --learn text, where one token has all of p")
     prepare_folder(args)
     return args
 
 
-def refuse_wrong_values(args, losses):
+def refuse_wrong_values(args):
     """UserError for a value that no model could make right."""
     refuse_below_one(args, "updates", "batch_tokens", "batches", "max_length", "window", "passes",
                      "warmup", "eval_every", "eval_documents", "save_every")
@@ -89,7 +95,7 @@ def refuse_wrong_values(args, losses):
             f"--workers {args.workers}: must be at least 0")
     require(0 < args.lr < math.inf, f"--lr {args.lr}: must be above 0")
     require(-2 ** 63 <= args.seed < 2 ** 63, f"--seed {args.seed}: must be an integer of 64 bits")
-    require_one_of("loss", args.loss, losses)
+    require_one_of("loss", args.loss, LOSSES)
     require(args.max_length <= args.batch_tokens,
             f"--max-length {args.max_length}: must be at most --batch-tokens {args.batch_tokens}")
 
@@ -99,15 +105,26 @@ def require_one_of(name, value, values):
 
 
 def prepare_folder(args):
-    """Make --out. UserError if it holds a checkpoint that is not asked for, or lacks one that
-    is."""
-    checkpoint = args.out / "checkpoint.pt"
-    require(args.resume or not checkpoint.exists(),
-            f"--out {args.out}: holds a checkpoint, give --resume to go on from it or another "
-            "folder")
-    require(not args.resume or checkpoint.exists(),
-            f"--resume: {checkpoint} is not there, leave out --resume to begin")
+    """Make --out, for this training alone. UserError if it holds what is not to be lost, or lacks
+    the checkpoint to go on from."""
+    held = [name for name in ("checkpoint.pt", "config.json") if (args.out / name).exists()]
+    require(args.resume or args.overwrite or not held,
+            f"--out {args.out}: holds {' and '.join(held)}; give another folder, --resume to go on "
+            "from a checkpoint, or --overwrite")
+    require(not args.resume or "checkpoint.pt" in held,
+            f"--resume: {args.out / 'checkpoint.pt'} is not there, leave out --resume to begin")
+    if args.resume and args.init and not args.init.exists():  # the checkpoint has all of it
+        from support.progress import read_checkpoint
+        made_with = read_checkpoint(args.out / "checkpoint.pt")["options"]
+        if made_with.get("init"):
+            args.init, args.architecture = None, made_with["architecture"]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
+    if os.name == "posix" and os.environ.get("RANK", "0") == "0":  # Windows opens no folder
+        folder = os.open(args.out, os.O_RDONLY)
+        weakref.finalize(args, os.close, folder)
+        require(lock(folder, wait=False),
+                f"--out {args.out}: another training writes there, give another folder")
+        remove_parts(args.out)

@@ -3,7 +3,9 @@
 And status 2. Some of them run for hours, so it must come to light before anything is measured or
 written.
 """
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from bench import ablations, authors_methods, choose, gpu, order, rules, spec_bench, speed
 from models import make_stories, own_answers
+from support import command_line
 from support.program import run_program
 
 import pytest
@@ -192,6 +195,51 @@ def test_order_decodes_the_prompts_of_a_file(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert len(re.findall(r"in order of position  +0 of 8 rows", out)) == 2
     assert len(re.findall(r"in order of slot", out)) == 2 and "warning" not in err
+
+
+PROGRAM = """
+import os, sys
+from support.program import run_program
+from support.terminal import say
+
+def run():
+    with open(sys.argv[1], "w") as file:
+        say("for people")
+        os.write(2, b"from C")
+        file.write("kept")
+        print("and these", file=sys.stderr)
+        print("result" + "," * sys.stdout.isatty())
+
+sys.exit(run_program("program", run))
+"""
+PEOPLE = "for people\nfrom Cand these\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("redirected, status, out, err", [
+    ("2>&-", 0, "result\n", ""), ("<&- >&- 2>&-", 0, "", ""), (">&-", 0, "", PEOPLE),
+    (">/dev/full", 2, "", PEOPLE + "program: [Errno 28] No space left on device\n")])
+def test_streams_that_are_closed_or_full(tmp_path, redirected, status, out, err):
+    """Guards standard output: lines for people in it. And a file that takes the place of a stream,
+    a traceback, or Python's status 120, which says nothing."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    line = f"{sys.executable} {tmp_path / 'program.py'} {tmp_path / 'file'} {redirected}"
+    done = subprocess.run(line, shell=True, text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_is_for_people_need_not_be_read(folder, monkeypatch, capsys):
+    """Guards --json: an error after the last object, because the reader of the summary has left."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    words = [*MODEL.split(), "--json", "--prompt", "a", "--max-new-tokens", "2"]
+    monkeypatch.chdir(folder)
+    assert command_line.main(words) == 0 and json.loads(capsys.readouterr().out)["ids"]
 
 
 @pytest.mark.parametrize("module", ["llama", "kangaroo", "train_adapter", "support.decoder"])

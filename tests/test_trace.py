@@ -4,10 +4,13 @@ repository's folder, `npm install --no-save axe-core` brings them."""
 import html
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote
 
 import kangaroo
@@ -275,7 +278,7 @@ def test_the_page_stands_alone():
 
 def test_methods_share_a_page_if_their_text_is_the_same(run, model, tmp_path):
     """A second method's trace is added, the same method's is replaced, and so is a page of another
-    text, or any other file."""
+    text, or of another version."""
     page = tmp_path / "shared.html"
 
     def write(*args, **more):
@@ -296,9 +299,32 @@ def test_methods_share_a_page_if_their_text_is_the_same(run, model, tmp_path):
     assert replay.read_page(page) == kept[:1]
 
 
+def test_writers_of_one_page_wait_for_each_other(run, tmp_path, monkeypatch):
+    """Guards two decodes at once: the later of two writers had read the page before the other had
+    written it, and lost its trace."""
+    traces = [run("--drafter", name)[0] for name in ("kangaroo", "lookup", "none")]
+    page, read_page = tmp_path / "page.html", replay.read_page
+    replay.add_trace(page, traces[0])
+
+    def slowly(path):
+        found = read_page(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(replay, "read_page", slowly)
+    writers = [Thread(target=replay.add_trace, args=(page, trace)) for trace in traces[1:]]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [trace["drafter"] for trace in read_page(page)] == ["kangaroo", "lookup", "none"]
+
+
 @pytest.mark.parametrize(
     "args, word",
     [(["--prompts", "{two}"], "one text"),
+     (["--prompt", "a", "--trace", "{folder}/two"], "another name"),
+     (["--prompt", "a", "--trace", os.devnull], "another name"),
      (["--prompt", "a", "--trace", "{folder}"], "must be a file"),
      (["--prompt", "a", "--trace", "{folder}/none/page.html"], "in a folder that exists")])
 def test_refused_before_decoding(model, tmp_path, capfd, args, word):

@@ -1,6 +1,7 @@
 """Training, end to end on a tiny model folder: what is learned, from which text, and that no run is
 lost or mispaired."""
 import copy
+import errno
 import gzip
 import io
 import json
@@ -26,7 +27,7 @@ from drafters.adapters import ADAPTERS, load_adapter, new_adapter
 from kangaroo import KangarooDrafter, generate
 from llama import KVCache
 from models import own_answers
-from support import processes, start, training_text
+from support import files, processes, progress, start, training_text
 from support.chat import CHAT_TEMPLATES, render_chat
 from support.checkpoint import load_llama, read_config
 from support.data import (
@@ -733,25 +734,31 @@ def test_a_killed_run_resumes_exactly(train, killed, resumable):
     assert not list(resumable.glob("*.tmp"))
 
 
-def stop_at(last, train, monkeypatch):
-    """Train until Ctrl-C comes in update `last`, between two checkpoints."""
-    report = train_adapter.Progress.report
+def stop_at(last, train, monkeypatch, signals=(signal.SIGINT,)):
+    """Train until signals come in update `last`, between two checkpoints; (exit status, stderr)."""
+    step, seen = train_adapter.take_step, []
 
-    def stop(self, step, *more):
-        report(self, step, *more)
-        if step == last:
-            raise KeyboardInterrupt
+    def stop(*args):
+        seen.append(0)
+        if len(seen) == last:
+            for number in signals:
+                signal.raise_signal(number)
+        return step(*args)
 
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals}
     with monkeypatch.context() as patch:
-        patch.setattr(train_adapter.Progress, "report", stop)
-        assert train()[0] == 130
+        patch.setattr(train_adapter, "take_step", stop)
+        result = train()
+    for number, handler in before.items():
+        assert signal.signal(number, handler) is signal.default_int_handler, "left behind"
+    return result
 
 
 def test_a_stopped_run_on_the_text_resumes_exactly(train, tmp_path, monkeypatch):
     """Guards --resume of --learn text: its place, its documents or its optimizer lost."""
     args = [*LONG, "--learn", "text", "--vocabulary", 60]
     assert train(*args, out="one go")[0] == 0
-    stop_at(8, lambda: train(*args), monkeypatch)
+    assert stop_at(8, lambda: train(*args), monkeypatch)[0] == 130
     assert train(*args, "--resume")[0] == 0
     assert same_weights(tmp_path / "out", tmp_path / "one go")
     assert log_of(tmp_path / "out")[0][-1]["loss"] == log_of(tmp_path / "one go")[0][-1]["loss"]
@@ -795,6 +802,21 @@ def test_another_beginning_is_refused_on_resuming(refused, resumable, adapter):
     refused(["checkpoint.pt", "--init"], *LONG, "--resume", "--init", adapter)
 
 
+def test_what_it_began_from_may_move(train, adapter, tmp_path, monkeypatch):
+    """Guards --resume with --init: compared by its name, or needed though the checkpoint has it."""
+    begin = shutil.copytree(adapter, tmp_path / "begin")
+    monkeypatch.chdir(tmp_path)
+    args = [*LONG, "--init", begin]
+    assert train(*args, out="one go")[0] == 0
+    assert stop_at(2, lambda: train(*args), monkeypatch)[0] == 130
+    assert stop_at(2, lambda: train(*LONG, "--resume", "--init", "begin"), monkeypatch)[0] == 130
+    shutil.rmtree(begin)
+    assert train(*args, "--resume")[0] == 0 and same_weights(tmp_path / "out", tmp_path / "one go")
+    facts = [json.loads((tmp_path / out / "config.json").read_text())["training"]["init"]
+             for out in ("out", "one go")]
+    assert facts[0] == facts[1] and facts[0]["updates"] == 30
+
+
 def test_another_model_is_refused_on_resuming(refused, resumable, tmp_path):
     """Guards --resume: a half-trained adapter trained on for another model of the same shape."""
     write_model(tmp_path / "other", seed=1)
@@ -815,12 +837,76 @@ def test_a_damaged_checkpoint_is_refused(refused, resumable, damage):
     refused("checkpoint.pt", *LONG, "--resume")
 
 
-def test_a_checkpoint_is_not_overwritten(refused, resumable):
-    """Guards a long run: lost because the same command line was given again without --resume."""
-    before = (resumable / "checkpoint.pt").read_bytes(), (resumable / "log.jsonl").read_bytes()
-    refused(["--out", "--resume"], *LONG)
-    assert before == ((resumable / "checkpoint.pt").read_bytes(),
-                      (resumable / "log.jsonl").read_bytes())
+@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
+def test_a_run_is_not_overwritten(refused, train, tmp_path, monkeypatch, name):
+    """Guards a long run: lost because the same command line was given again without --resume; or
+    an adapter, or any model, in the folder that is named. If it may be lost, --resume must not go
+    on from it."""
+    (tmp_path / "out").mkdir()
+    for file in (name, "log.jsonl"):
+        (tmp_path / "out" / file).write_text('{"step": 7}')
+    refused([name, "--out", "--resume", "--overwrite"])
+    assert all(file.read_text() == '{"step": 7}' for file in (tmp_path / "out").iterdir())
+    monkeypatch.setattr(train_adapter, "take_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("--overwrite")
+    assert (tmp_path / "out" / "log.jsonl").read_text() == ""
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_two_trainings_do_not_share_a_folder(refused, tmp_path, monkeypatch):
+    """Guards --out: two runs that write one log and one checkpoint."""
+    (tmp_path / "out").mkdir()
+    other = os.open(tmp_path / "out", os.O_RDONLY)
+    assert files.lock(other)
+    refused(["--out", "another training"])
+    os.close(other)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(train, killed, tmp_path, monkeypatch):
+    """Guards a long run: half a checkpoint that stays, and keeps the disk full, so that not even
+    --resume begins; or that of a kill."""
+    save = train_adapter.save_checkpoint
+
+    def full(*args):
+        if args[-1]["step"] == 6:
+            monkeypatch.setattr(os, "fsync", no_space)
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_adapter, "save_checkpoint", full)
+        status, err = train(*LONG)
+    assert status == 2 and err.endswith("checkpoint.pt: cannot be written (No space left on "
+                                        "device); the one before is kept\n")
+    monkeypatch.undo()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint.pt", "log.jsonl"}
+    (tmp_path / "out" / "checkpoint.pt.0123abcd.tmp").touch()  # of a kill
+    assert train(*LONG, "--resume")[0] == 0 and same_weights(tmp_path / "out", killed[0])
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_of_two_writers_the_later_wins(tmp_path, monkeypatch):
+    """Guards two programs that write one file: one that fails, or half of each; and who may read
+    the file."""
+    path, fsync = tmp_path / "results.json", os.fsync
+
+    def meanwhile(file):
+        monkeypatch.setattr(os, "fsync", fsync)
+        files.write_atomically(path, b"the other's")
+        path.chmod(0o640)
+        assert path.read_bytes() == b"the other's"
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    files.write_atomically(path, b"mine")
+    (tmp_path / "new").touch()
+    assert path.read_bytes() == b"mine" and path.stat().st_mode == (tmp_path / "new").stat().st_mode
+    path.chmod(0o640)
+    files.write_atomically(path, b"mine")
+    assert path.stat().st_mode & 0o777 == 0o640 and len(list(tmp_path.iterdir())) == 2
 
 
 def torchrun(args, script=SCRIPT):
@@ -892,11 +978,11 @@ def test_two_processes_resume_in_a_later_epoch(folder, tmp_path):
 def test_if_one_process_fails_all_end(folder, tmp_path):
     """Guards several processes: one that waits for ever, or ends in a traceback, because another
     could not write."""
-    (tmp_path / "out" / "checkpoint.pt.tmp").mkdir(parents=True)
+    (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
     status, errors = torchrun(words(folder, tmp_path / "out", "--save-every", 1, "--updates", 500))
     assert status != 0 and len(errors) == 2 and not any("Traceback" in error
                                                         for error in errors), errors
-    assert errors[0].endswith("checkpoint.pt: cannot be written (Is a directory)\n")
+    assert re.search(r"train_adapter\.py: [^\n]*Is a directory: '[^\n]*log\.jsonl'\n$", errors[0])
     assert not errors[1] or re.fullmatch(  # if it is empty, torchrun was faster
         r"train_adapter\.py: process 1 stops, because another one has \([^\n]+\)\n", errors[1])
 
@@ -1352,14 +1438,34 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_an_interruption_says_how_to_go_on(train, monkeypatch):
-    """Guards Ctrl-C: a traceback."""
-    def interrupt(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train_adapter, "take_step", interrupt)
-    status, err = train()
-    assert status == 130 and "Traceback" not in err and err.endswith(
-        "interrupted, --resume goes on from the last checkpoint\n")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_saves_and_says_how_to_go_on(train, killed, tmp_path, monkeypatch, number):
+    """Guards Ctrl-C and SIGTERM: a traceback, or a promise of a checkpoint where there is none. A
+    closed terminal ends nothing; torchrun may send a signal twice."""
+    status, err = stop_at(2, lambda: train(*LONG), monkeypatch, [signal.SIGHUP, number, number])
+    assert status == 128 + number and err.endswith(
+        "\ninterrupted after update 2, --resume goes on from there\n")
+    if number == signal.SIGTERM:
+        assert train(*LONG, "--resume")[0] == 0
+        assert same_weights(tmp_path / "out", killed[0])
+
+
+def test_nobody_need_read_the_progress(train, tmp_path, monkeypatch):
+    """Guards hours of training: ended by a closed terminal, `| head` or a full disk."""
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert train()[0] == 0 and (tmp_path / "out" / "adapter.safetensors").exists()
+
+
+def test_a_second_interruption_does_not_wait(train, tmp_path, monkeypatch):
+    """Guards Ctrl-C: a user who waits for an update of minutes; a promise of what is not there."""
+    monkeypatch.setattr(progress.Interruption, "PATIENCE", -1)
+    status, err = stop_at(2, train, monkeypatch, [signal.SIGINT] * 2)
+    assert status == 130 and err.endswith("\ninterrupted\n")
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
