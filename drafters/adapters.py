@@ -5,6 +5,7 @@
 Nothing of the algorithm; an adapter's forward pass is in kangaroo.py.
 """
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from llama import MLP, Linear, RMSNorm, Rows
 from support.checkpoint import (
     build,
     file_entries,
+    fingerprint_of,
     first_of,
     is_constant,
     load_weights,
@@ -22,7 +24,7 @@ from support.checkpoint import (
     refuse_misfit,
     vocabulary_ids,
 )
-from support.errors import require
+from support.errors import UserError, require
 from support.files import read_json, require_folder
 from support.packing import use_fast_norms
 
@@ -90,6 +92,7 @@ def new_adapter(cls, model):
 # --------------------------------------------------------------------------------------------------
 # Folders
 
+MODELS = Path(__file__).parents[1] / "models"
 ADAPTER_FILES = "adapter.safetensors", "pytorch_model.bin"
 # What an adapter's config.json may choose: for a chain, and under the key `tree` for a tree.
 SETTINGS = {"steps": int, "threshold": (int, float), "top_candidates": int, "nodes": int,
@@ -133,6 +136,21 @@ def load_adapter(folder, model, exit_layer=None):
     head = vocabulary and PartialHead(
         model.lm_head, vocabulary_ids(folder, vocabulary[1](), model))
     return describe(use_fast_norms(adapter), str(folder), data, exit_layer, head)
+
+
+def trained_for(folder):
+    """The path of an adapter in models/ that was trained for the model in a folder, or None."""
+    try:
+        size, found = read_config(folder).hidden_size, None
+        for path in sorted(MODELS.glob("**/config.json")):
+            data = read_json(path)
+            if "target" in data and "exit_layer" in data and data["hidden_size"] == size:
+                found = found or fingerprint_of(folder)
+                if data["target"] == found:
+                    return os.path.relpath(path.parent)
+    except UserError:  # of a model that does not load
+        pass
+    return None
 
 
 def describe(adapter, source, facts, exit_layer, head=None):

@@ -6,6 +6,7 @@ committed token and the drafted ones. Needs: an adapter that was trained for the
 from drafters.adapters import load_adapter
 from drafters.method import Method, overrule
 from kangaroo import STEPS, THRESHOLD, KangarooDrafter
+from support.terminal import say
 
 
 class ChainDrafter(Method, KangarooDrafter):
@@ -30,7 +31,12 @@ class ChainDrafter(Method, KangarooDrafter):
 
     @classmethod
     def load(cls, path, decoder):
-        return load_adapter(path, decoder.model, decoder.asked_exit_layer)
+        adapter = load_adapter(path, decoder.model, decoder.asked_exit_layer)
+        trained = adapter.facts.get("exit_layer", adapter.exit_layer)
+        if adapter.exit_layer != trained:
+            say(f"warning: --exit-layer {adapter.exit_layer}: {path} was trained behind layer "
+                f"{trained}, of its drafts little will be accepted")
+        return adapter
 
     @classmethod
     def describe(cls, decoder, settings):

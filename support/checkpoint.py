@@ -400,15 +400,27 @@ def load_llama(folder, device="cpu", dtype=torch.float32, config=None):
     """
     folder = Path(folder)
     require_folder(folder, "--model")
-    config, tensors, opened = config or read_config(folder), {}, {}
+    config, tensors = weights_in(folder, config or read_config(folder))
+    model = build(Llama, config, device, dtype)
+    model.fingerprint = fingerprint(load_weights(model, tensors, folder))
+    return use_fast_norms(model).eval()
+
+
+def weights_in(folder, config):
+    """(the LlamaConfig, {name: (shape, function that reads the tensor)}) of a model folder."""
+    tensors, opened = {}, {}
     for path in weight_files(folder):
         tensors |= {name.removeprefix("model."): entry
                     for name, entry in file_entries(path, opened).items() if not is_constant(name)}
     if config.tie_word_embeddings:
         config = untie_other_head(folder, config, tensors)
-    model = build(Llama, config, device, dtype)
-    model.fingerprint = fingerprint(load_weights(model, tensors, folder))
-    return use_fast_norms(model).eval()
+    return config, tensors
+
+
+def fingerprint_of(folder):
+    """The fingerprint of a model folder that has not been loaded."""
+    _, tensors = weights_in(folder, read_config(folder))
+    return fingerprint({name: sample(read()) for name, (_, read) in tensors.items()})
 
 
 def untie_other_head(folder, config, tensors):

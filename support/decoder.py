@@ -18,7 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace as Settings  # of a drafter: what its `usual` names
 from typing import NamedTuple
 
-from drafters.table import DRAFTERS, drafter_named, parts_needed
+from drafters.adapters import trained_for
+from drafters.table import ADAPTER, DRAFTERS, drafter_named, parts_needed
 from kangaroo import WIDTH, NotFinite, Round, generate
 from llama import Sampler
 from support.chat import encode_chat, find_chat_template
@@ -122,7 +123,9 @@ def load(model=DEFAULT_MODEL, *, device=None, dtype=None, width=None, drafter="k
 
 
 def lacks(folder, part):
-    """What to say where a Part is missing."""
+    """What to say where a Part is missing; of an adapter, where there is one."""
+    if part == ADAPTER and (path := trained_for(folder)):
+        return f"no adapter in {folder}: give --adapter {path}, which was trained for this model"
     return f"no {part.words} for {folder}: give {part.flag} {part.metavar}{part.hint}"
 
 
