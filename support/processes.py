@@ -66,5 +66,7 @@ def end_together():
     except RuntimeError as e:
         if not any(words in str(e).lower() for words in ENDED):
             raise
+        if dist.is_initialized():  # else gloo's threads may abort Python at its end
+            dist.destroy_process_group()
         raise UserError(f"process {os.environ.get('RANK', 0)} stops, because another one has "
                         f"({str(e).strip().splitlines()[-1].strip()})") from None
