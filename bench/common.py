@@ -106,6 +106,7 @@ class Question(NamedTuple):
     line: int      # of the file
     category: str  # Spec-Bench's subtask; "prompts" in other files
     turns: list    # what the user says, turn by turn
+    entry: dict    # the line's JSON object; empty in other files
 
 
 def pick(path, each=ALL, skip=0):
@@ -119,7 +120,7 @@ def pick(path, each=ALL, skip=0):
         category = "mt_bench" if category in MT_BENCH else category
         seen[category] += 1
         if skip < seen[category] <= skip + each:
-            taken.append(Question(i, category, turns))
+            taken.append(Question(i, category, turns, entry))
     if not taken:
         raise UserError(f"{path}: of its {seen.total()} prompts, after the first {skip} of each "
                         "category, none is left (--skip)")

@@ -166,11 +166,11 @@ class Methods:
             method.decoder.warm_up(prompts, most, [(method.drafter, None)], sampler,
                                    method.settings)
 
-    def answers(self, turns, line, new_tokens):
+    def answers(self, turns, line, new_tokens, texts=False):
         """Decode all turns of a question by all methods: [{method: figures}], one for each turn.
 
         `line` says which method begins and, with --seed, which noise is sampled with. A later turn
-        follows vanilla's answer, at width 1, to the earlier one.
+        follows vanilla's answer, at width 1, to the earlier one. texts: what is said is kept too.
         """
         o, said, figures = self.options, [], []
         sampler = Sampler(o.temperature, o.top_k, o.top_p, seed_of(o.seed, line - 1))
@@ -180,12 +180,15 @@ class Methods:
             prompt = first.encode(*said)
             found = {name: self.methods[name].decode(prompt, new_tokens, sampler)
                      for name in rotated(self.methods, line)}
-            texts = {self.methods[name].decoder.width: decoded.tokens
-                     for name, decoded in found.items() if name.startswith("vanilla")}
+            of_vanilla = {self.methods[name].decoder.width: decoded.tokens
+                          for name, decoded in found.items() if name.startswith("vanilla")}
             figures.append({name: counts_of(found[name]) | {
-                "identical": found[name].tokens == texts[method.decoder.width]}
+                "identical": found[name].tokens == of_vanilla[method.decoder.width]}
                 for name, method in self.methods.items()})
-            said.append(first.tokenizer.decode(texts[1]).strip())
+            for name, decoded in found.items() if texts else ():
+                figures[-1][name] |= {"text": first.tokenizer.decode(decoded.tokens).strip(),
+                                      "lengths": [len(r.tokens) for r in decoded.rounds]}
+            said.append(first.tokenizer.decode(of_vanilla[1]).strip())
         return figures
 
 

@@ -3,6 +3,21 @@
 This file runs before all else of ours, and so before PyTorch is first imported, which warns if
 there is no NumPy. Nothing here needs it.
 """
+import sys
 import warnings
+from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+
+
+def end_quietly(kind, error, traceback, usual=sys.excepthook):
+    """Ctrl-C while a program of ours is still being imported, which takes seconds, is no error."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        usual(kind, error, traceback)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+if ROOT in Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents:
+    sys.excepthook = end_quietly

@@ -402,6 +402,68 @@ def test_prompt_files(cli, decode, tmp_path, text):
             ] == [facts(decode(prompt=p)) for p in ("One day", "she met")]
 
 
+@pytest.fixture
+def converse(cli, model, monkeypatch):
+    """What --json prints of a conversation in which a person types these lines."""
+    def run(*lines, args=(), model=model):
+        lines = iter(lines)
+
+        def typed(prompt):
+            line = next(lines, EOFError)
+            if line in (EOFError, KeyboardInterrupt):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", typed)
+        monkeypatch.setattr(arguments, "on_a_terminal", lambda: True)
+        status, out, err = cli("--json", "--model", model, *args, prompt=None)
+        assert status == 0, err
+        return [json.loads(line) for line in out.splitlines()], err
+    return run
+
+
+def test_a_conversation(converse, model):
+    """Guards what a turn follows: all that was said before it; nothing, for a model without chat
+    template; and a blank line, Ctrl-C where nothing is typed, what no tokenizer takes."""
+    for chat in ("chatml", "none"):
+        found, err = converse("One day", " ", KeyboardInterrupt, "a\udcff", "she met",
+                              args=("--chat", chat, "--samples", 2, *SAMPLED))
+        encode = decoder.load(model, device="cpu", chat=chat).encode
+        said = ["One day", found[1]["text"].strip()] if chat == "chatml" else []
+        assert [r["prompt_ids"] for r in found] == 2 * [encode("One day")] + 2 * [
+            encode(*said, "she met")]
+        assert len({str(r["ids"]) for r in found}) == 4 and "not UTF-8" in err
+        assert err.count("tokens per pass") == 4 and err.count("stopped at --max-new-tokens") == 4
+
+
+def test_a_conversation_that_outgrows_the_context(converse, variant):
+    """Guards the end of the context: it ended the program, or the answer, without a word."""
+    folder = variant(max_position_embeddings=64)
+    found, err = converse("One day", "she met", "word " * 90, args=("--chat", "chatml"),
+                          model=folder)
+    encode = decoder.load(folder, device="cpu", chat="chatml").encode
+    assert [r["prompt_ids"] for r in found] == [encode("One day"), encode("she met")]
+    assert "what was said before is forgotten" in err
+    assert "stopped at the end of the context" in err and err.count("max_position_embedd") == 2
+
+
+def test_an_answer_that_is_stopped_is_gone_on_from(converse, model, monkeypatch):
+    """Guards Ctrl-C in an answer: it ended the program, or what was said so far was lost."""
+    show, shown = command_line.Screen.show, []
+
+    def stop(self, text, drafted):
+        shown.append(text)
+        show(self, text, drafted)
+        if len(shown) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.Screen, "show", stop)
+    found, _ = converse("One day", "she met", args=("--chat", "chatml"))
+    encode = decoder.load(model, device="cpu", chat="chatml").encode
+    said = "".join(shown[:8])  # the piece that was being shown when it came is not certain
+    assert [r["prompt_ids"] for r in found] == [encode("One day", said.strip(), "she met")]
+
+
 def test_several_prompts_are_told_apart(cli, decode, tmp_path):
     """Guards the plain output of a file: prompts not shown, texts that run into one another, a
     summary for each."""
@@ -465,6 +527,14 @@ def test_a_dash_reads_standard_input(decode, monkeypatch, data):
     """Guards `--prompt -`: a minus sign as the prompt, or input that loses characters."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode()), encoding="utf-8"))
     assert facts(decode("--prompt", "-")) == facts(decode(prompt=data))
+
+
+def test_a_byte_order_mark_is_no_text(decode, monkeypatch):
+    """Guards what some shells write before a text, which became three tokens."""
+    marked = "\ufeff" + PROMPT
+    assert decode(prompt=marked)["prompt_ids"] == decode()["prompt_ids"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(marked.encode()), "utf-8"))
+    assert decode(prompt=None)["prompt_ids"] == decode()["prompt_ids"]  # a pipe needs no --prompt -
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"\xff\xfe"])

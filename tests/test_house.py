@@ -25,7 +25,7 @@ def imports(path):
                 names = [alias.name for alias in part.names]
             else:
                 continue
-            found |= {name for name in names if name in FILES}
+            found |= {name for name in names if name in FILES and FILES[name] != path}
     return found
 
 

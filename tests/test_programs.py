@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import ablations, authors_methods, choose, gpu, order, rules, spec_bench, speed
 from models import make_stories, own_answers
-from support import command_line
+from support import start
 from support.program import run_program
 
 import pytest
@@ -239,7 +239,43 @@ def test_what_is_for_people_need_not_be_read(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Gone())
     words = [*MODEL.split(), "--json", "--prompt", "a", "--max-new-tokens", "2"]
     monkeypatch.chdir(folder)
-    assert command_line.main(words) == 0 and json.loads(capsys.readouterr().out)["ids"]
+    assert start.main(words) == 0 and json.loads(capsys.readouterr().out)["ids"]
+
+
+def run_with_torch(tmp_path, instead, line):
+    """A program where importing PyTorch does something else; the finished process."""
+    (tmp_path / "torch.py").write_text(instead)
+    return subprocess.run([sys.executable, *line.split()], cwd=ROOT, text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+
+
+@pytest.mark.parametrize("line, status", [
+    ("kangaroo.py --help", 0), ("kangaroo.py a --top-p 2 --temperature 1", 2),
+    ("kangaroo.py a --drafter lookup --tree", 2), ("kangaroo.py a --chat none --width 99", 2),
+    ("kangaroo.py --prompts absent", 2), ("kangaroo.py --model absent a", 2),
+    ("train_adapter.py --help", 0), ("train_adapter.py --model absent --data a --out b", 2)])
+def test_errors_of_the_command_line_need_no_pytorch(tmp_path, line, status):
+    """Guards the second that importing it takes."""
+    done = run_with_torch(tmp_path, "raise SystemExit('imported')", line)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == (status == 2), done.stderr
+
+
+@pytest.mark.parametrize("program", [
+    "kangaroo.py a", "bench/choose.py",
+    "train_adapter.py --model models/stories --data LICENSE --out {} --exit-layer 1"])
+def test_an_interruption_while_pytorch_is_imported_is_quiet(tmp_path, program):
+    """Guards Ctrl-C in the first seconds, when nothing of ours has begun: a traceback."""
+    done = run_with_torch(tmp_path, "raise KeyboardInterrupt", program.format(tmp_path / "out"))
+    assert done.returncode in (130, -2) and done.stderr == "\ninterrupted\n", done.stderr
+
+
+def test_decoding_on_a_cpu_does_not_import_the_compiler():
+    """Guards start-up: nn.Embedding on the meta device imported torch._dynamo, a third of it."""
+    code = ("import sys; from support.start import main; main(['a', '--device', 'cpu', "
+            "'--max-new-tokens', '2']); print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout.endswith("False\n"), done.stderr
 
 
 @pytest.mark.parametrize("module", ["llama", "kangaroo", "train_adapter", "support.decoder"])

@@ -4,10 +4,13 @@ The terminal is a real one (a pseudo-terminal), its screen an emulator that know
 which are used.
 """
 import os
+import pty
 import re
+import select
 import sys
 import threading
 import unicodedata
+from pathlib import Path
 
 from drafters.medusa import Heads
 from drafters.table import DRAFTERS
@@ -20,6 +23,7 @@ from helpers import datastore, random_weights, write_adapter, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+SCRIPT = str(Path(__file__).parents[1] / "kangaroo.py")
 PROMPT = "Once upon a time she met an old turtle by the river, and"
 
 
@@ -261,6 +265,52 @@ def test_plain_where_drafts_cannot_be_wiped(folder, environment):
     plain, text = (decode_on_a_terminal(folder, 60, *flag, **environment)
                    for flag in ([], ["--show-drafts"]))
     assert text == plain and "\033" not in text
+
+
+CONTROL = "\033]0;title\007\033[2J a\rb\x7f\x9b2J\tc\n"
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_control_characters_do_not_reach_a_terminal(folder, capfd, monkeypatch, term):
+    """A file of prompts could set its title and clear its screen; a pipe gets what is there."""
+    text = decode_on_a_terminal(folder, 80, "--prompt", CONTROL, TERM=term)
+    assert text.count("␛]0;title␇␛[2J a␍b␡\\x9b2J\tc\r\n") == 1
+    assert not {*re.sub("\033\\[[0-9]*m", "", text)} & {*"\033\a\x7f\x9b\b"}
+    assert start.main(["--model", str(folder), "--device", "cpu", "--prompt", CONTROL]) == 0
+    assert capfd.readouterr().out.startswith(CONTROL)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    terminal.say("no file \033[2J")
+    assert capfd.readouterr().err == "no file ␛[2J\n"
+
+
+def test_a_conversation_on_a_terminal(folder):
+    """A line is answered; Ctrl-C stops an answer and not the program; Ctrl-D ends it."""
+    process, master = pty.fork()
+    if process == 0:  # pragma: no cover
+        os.environ |= {"TERM": "dumb", "COLUMNS": "80"}
+        os.execv(sys.executable, [sys.executable, SCRIPT, "--model", str(folder), "--device", "cpu",
+                                  "--chat", "chatml", "--max-new-tokens", "900"])
+    received = ""
+
+    def wait_for(words):
+        nonlocal received
+        while words not in received:
+            assert select.select([master], [], [], 60)[0], received
+            received += os.read(master, 4096).decode("utf-8", "replace")
+        received = received.partition(words)[2]
+
+    wait_for("chat template chatml")
+    wait_for("> ")
+    os.write(master, b"Hello\n")
+    wait_for("tokens per pass")
+    wait_for("> ")
+    os.write(master, b"And now?\n")
+    wait_for("And now?\r\n")
+    os.write(master, b"\x03")
+    wait_for("> ")
+    os.write(master, b"\x04")
+    assert os.waitpid(process, 0)[1] == 0
+    os.close(master)
 
 
 def test_plain_in_pipes(folder, capfd):
