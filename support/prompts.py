@@ -21,7 +21,8 @@ def read_conversations(prompt, file):
 def turns_of(prompt):
     """The one turn of a prompt; "-" is standard input."""
     try:
-        prompt = (sys.stdin.read() if prompt == "-" else prompt).removeprefix(MARK)
+        prompt = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        prompt = prompt.removeprefix(MARK)
     except UnicodeError as e:
         raise UserError(f"the prompt is not UTF-8 ({e})") from None
     check_text(prompt)
