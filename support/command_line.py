@@ -195,20 +195,20 @@ def talk(session, conversations):
 def converse(session):
     """Answer what a person types, each turn with those before it; a model that takes text as it is
     goes on from each line anew."""
-    decoder, screen, said = session.decoder, session.screen, []
+    decoder, screen, said, numbers = session.decoder, session.screen, [], count()
     plain = decoder.chat == "none"
     session.introduce()
     say("Ctrl-D ends, Ctrl-C stops an answer" + "; each line begins a new text" * plain, DIM)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  so that input() has a history, and a line can be edited
-    for number in count():
+    while True:
         try:
             turn = input("> ").strip()
             if not turn:
                 continue
             check_text(turn)
             said, ids = encode_turn(decoder, said, turn)
-            if number == 0:
+            if (number := next(numbers)) == 0:
                 session.make_ready([ids], ROOM)
             said = [*said, turn]
             for sample in range(session.args.samples):
@@ -227,6 +227,7 @@ def converse(session):
         except KeyboardInterrupt as e:
             say("")
             answer = getattr(e, "said", None)
+        # A turn without an answer is forgotten; so is everything, where each line is a new text.
         said = [*said, answer.strip()] if answer and not plain else said[:len(said) // 2 * 2]
 
 
