@@ -233,8 +233,11 @@ def config_json(config):
 def build(cls, config, device, dtype):
     """A module without weights: shapes first, then memory on `device` that is not initialised."""
     with torch.device("meta"):
-        module = cls(config).to(dtype)
-    module = module.to_empty(device=device).requires_grad_(False)
+        module = cls(config)
+    for owner in module.modules():  # what `to_empty` does, which imports sympy
+        for name, weight in owner.named_parameters(recurse=False):
+            weight = torch.empty(weight.shape, dtype=dtype, device=device)
+            setattr(owner, name, torch.nn.Parameter(weight, requires_grad=False))
     if isinstance(module, Llama):
         module.tie()  # moving off the meta device gave each name memory of its own
     return module

@@ -41,7 +41,8 @@ def prepare(args):
     parts = dict.fromkeys(parts_needed(), False)
     if part:
         path = parts[part.name] = getattr(args, attribute(part.flag))
-        require(path is not None or (folder / part.place).exists(), lacks(folder, part))
+        if path is None and not (folder / part.place).exists():
+            raise UserError(lacks(folder, part))
     device, _ = pick_device_and_dtype(args.device, args.dtype)
     for name in "no_graphs", "compile", "tf32":
         require(device.type == "cuda" or not getattr(args, name),

@@ -203,8 +203,8 @@ class Decoder:
 
     def require_part(self, part):
         """UserError unless there is this Part, or none is needed."""
-        require(part is None or getattr(self, part.name) is not None,
-                part and lacks(self.folder, part))
+        if part and getattr(self, part.name) is None:
+            raise UserError(lacks(self.folder, part))
 
     def describe(self, drafter="kangaroo", settings=None):
         """All that decides what is decoded and how fast, in one line."""
