@@ -1,5 +1,6 @@
 """The paper's experiments, in small: what they count must be what was decoded."""
 import json
+import statistics
 from argparse import Namespace
 
 from bench import ablations, choose, methods, rules, spec_bench
@@ -51,10 +52,11 @@ def test_spec_bench_counts_what_is_decoded_and_goes_on_where_it_was(model, quest
     And finished questions that are run again.
     """
     out = tmp_path / "results.json"
-    first = run_spec_bench(model, questions, out, "--limit", "1")["questions"]
+    answers = "--answers", str(tmp_path / "answers")
+    first = run_spec_bench(model, questions, out, "--limit", "1", *answers)["questions"]
     found = [(q["line"], q["category"], len(q["turns"])) for q in first]
     assert found == [(1, "qa", 1), (2, "mt_bench", 2)]
-    results = run_spec_bench(model, questions, out)
+    results = run_spec_bench(model, questions, out, *answers)
     assert results["questions"][:2] == first and len(results["questions"]) == 3
 
     decoder = load(model, device="cpu")
@@ -76,9 +78,26 @@ def test_spec_bench_counts_what_is_decoded_and_goes_on_where_it_was(model, quest
     spec_bench.main(["--show", str(out)])
     assert "3 of   4" not in capsys.readouterr().out
 
+    # Spec-Bench's evaluation/speed.py reads these fields so, and equal.py the turns.
+    choices = {}
+    for path in (tmp_path / "answers").iterdir():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["category"] for line in lines] == ["qa", "stem", "qa"]
+        choices[path.stem] = [line["choices"][0] for line in lines]
+    speed = {name: statistics.mean(sum(c["new_tokens"]) / sum(c["wall_time"]) for c in found)
+             for name, found in choices.items()}
+    ours = summary["all"]["kangaroo"]
+    lengths = [n for c in choices["kangaroo"] for n in c["accept_lengths"]]
+    assert statistics.mean(lengths) == pytest.approx(ours["compression_rate"])
+    fastest = summary["fastest"].replace(", width ", "-")
+    assert speed["kangaroo"] / speed[fastest] == pytest.approx(ours["speed_ratio"])
+    said = {str([c["turns"] for c in found]) for found in choices.values()}
+    assert len(said) == 1 and answer in choices["lookup"][1]["turns"]
+    assert [c["decoding_steps"] for c in choices["vanilla-1"]] == [[12], [12, 12], [12]]
+
     message = r"other settings \(at most 12 tokens; now at most 9 tokens\)"
     with pytest.raises(UserError, match=message):
-        run_spec_bench(model, questions, out, "--new-tokens", "9")
+        run_spec_bench(model, questions, out, "--new-tokens", "9", *answers)
 
 
 def test_each_method_at_the_settings_that_were_chosen(model, questions, tmp_path, capsys):
