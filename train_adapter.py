@@ -367,14 +367,17 @@ class Training:
         require(0 <= args.exit_layer < layers, f"--exit-layer {args.exit_layer}: must be at least "
                 f"0 and below the model's {layers} layers")
         if args.init is None:
-            return new_adapter(ADAPTERS[args.architecture], self.model), args.architecture, None
+            name = args.architecture or "attention"
+            return new_adapter(ADAPTERS[name], self.model), name, None
         try:
             adapter = load_adapter(args.init, self.model, args.exit_layer)
         except UserError as e:
             raise UserError(f"--init {e}") from None
         adapter.head, facts = None, adapter.facts  # --vocabulary chooses again
-        return (adapter.float().requires_grad_(True), facts.get("architecture", "attention"),
-                facts.get("training", str(args.init)))
+        name = facts.get("architecture", "attention")
+        require(args.architecture in (None, name), f"--architecture {args.architecture}: the "
+                f"adapter of --init has {name}")
+        return adapter.float().requires_grad_(True), name, facts.get("training", str(args.init))
 
     def make_target(self, vocabulary):
         return Target(self.model, self.args.exit_layer, vocabulary, self.args.loss)

@@ -65,7 +65,7 @@ def parse_adapter_arguments(argv):
                          "Llama. See docs/training.md.")
     option, _ = options(parser)
     option("--exit-layer", "ℓ", "layers that draft, with the adapter", type=int)
-    option("--architecture", "NAME", "attention, or layer (attention and an MLP)", "attention")
+    option("--architecture", "NAME", "attention (default), or layer (attention and an MLP)")
     option("--init", "DIR", "begin from this adapter, with its architecture (default: from a new "
            "one)", type=Path)
     option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
@@ -74,7 +74,7 @@ def parse_adapter_arguments(argv):
     refuse_wrong_values(args)
     require(args.architecture != "medusa", "--architecture medusa: heads are trained by python "
             "drafters/train_medusa.py")
-    require_one_of("architecture", args.architecture, ARCHITECTURES)
+    require_one_of("architecture", args.architecture or ARCHITECTURES[0], ARCHITECTURES)
     require_one_of("learn", args.learn, LEARN)
     require(args.exit_layer is not None, "--exit-layer: is needed, see --help")
     require_folder(args.model, "--model")
