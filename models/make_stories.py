@@ -233,25 +233,25 @@ def introduction(figures, config):
         f"({figures['tokens'] / 1e6:.1f} M tokens, each seen once) of "
         f"[story_grammar.py](../story_grammar.py), in {figures['seconds'] / 60:.0f} minutes on "
         f"{figures['device']}.", "",
-        "| held out | nats a token | bits a word |", "|---|---|---|",
+        "| held out | nats per token | bits per word |", "|---|---|---|",
         f"| loss | {figures['held_out_nats_per_token']:.3f} | "
         f"{figures['held_out_bits_per_word']:.3f} |",
         f"| entropy of the source, at most | {figures['source_nats_per_token']:.3f} | "
         f"{figures['source_bits_per_word']:.3f} |", "",
-        "Below are ten stories greedy and ten at temperature 0.8 (seeds 0 to 9), unpicked. Each "
+        "Below are two stories greedy and two at temperature 0.8 (seeds 0 and 1), unpicked. Each "
         "goes on from the first sentence (printed bold) of a story that the model has not seen. "
         "`python models/make_stories.py --samples` writes this page."]
 
 
 def write_samples(folder):
-    """README.md of the model: its figures, and twenty stories."""
+    """README.md of the model: its figures, and four stories."""
     figures = read_json(folder / "training.json")
     decoder = load(folder, device="cpu", dtype="bfloat16", adapter=False)
     lines = introduction(figures, decoder.model.config)
     for title, sampler in (("Greedy", lambda i: Sampler()),
                            ("Temperature 0.8", lambda i: Sampler(0.8, seed=i))):
         lines += ["", f"## {title}"]
-        for i, (text, _) in enumerate(stories("samples", 10)):
+        for i, (text, _) in enumerate(stories("samples", 2)):
             prompt = text[:text.index(". ") + 1]
             told, ended = continued(decoder, prompt, sampler(i))
             end = "ended by itself" if ended else "cut at the end of the context"
