@@ -820,6 +820,24 @@ def test_arcs_follow_their_words_when_a_phone_is_turned(several, tmp_path):
     assert 0 < told["right"] <= 390
 
 
+@in_browser
+def test_a_phone_shows_all_layers_above_the_controls(run, tmp_path):
+    """At 390 × 844, unscrolled, from the first frame to the last."""
+    _, _, page = run(*RUNS["kangaroo"])
+    told = framed(page, tmp_path, """
+        open(390, "#0").then(({document: inside, frameElement}) => {
+          frameElement.style.height = "844px";
+          const find = id => inside.getElementById(id), below = [];
+          do {
+            below.push(find("table").getBoundingClientRect().bottom
+                       - find("controls").getBoundingClientRect().top);
+            find("step").click();
+          } while (!find("step").disabled);
+          done({below});
+        });""")
+    assert max(told["below"]) <= 0
+
+
 AXE = Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js"
 
 
