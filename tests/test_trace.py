@@ -798,6 +798,46 @@ def test_without_scripts_the_page_is_tables(several, tmp_path):
             assert len(others) == len(r["drafted"]) - r["accepted"]
 
 
+@in_browser
+def test_arcs_follow_their_words_when_a_phone_is_turned(several, tmp_path):
+    """They are then as on a page that was opened at that width, and a tip is on the screen."""
+    told = framed(several[0], tmp_path, """
+        const arcs = inside => [...inside.document.querySelectorAll("#arcs path")].map(
+          path => path.getAttribute("d"));
+        (async () => {
+          const [fresh, turned] = await Promise.all(
+            [390, 844].map(width => open(width, "#tree,kangaroo")));
+          const words = [...turned.document.querySelectorAll("#output b")], before = arcs(turned);
+          const left = word => word.getBoundingClientRect().left;
+          words.sort((a, b) => left(b) - left(a))[0].dispatchEvent(
+            new MouseEvent("mouseover", {bubbles: true}));
+          turned.frameElement.style.width = "390px";
+          turned.dispatchEvent(new Event("resize"));  // nothing is drawn here, so none comes
+          done({before, after: arcs(turned), wanted: arcs(fresh),
+                right: turned.document.getElementById("tip").getBoundingClientRect().right});
+        })();""")
+    assert told["after"] == told["wanted"] != told["before"]
+    assert 0 < told["right"] <= 390
+
+
+@in_browser
+def test_a_phone_shows_all_layers_above_the_controls(run, tmp_path):
+    """At 390 × 844, unscrolled, from the first frame to the last."""
+    _, _, page = run(*RUNS["kangaroo"])
+    told = framed(page, tmp_path, """
+        open(390, "#0").then(({document: inside, frameElement}) => {
+          frameElement.style.height = "844px";
+          const find = id => inside.getElementById(id), below = [];
+          do {
+            below.push(find("table").getBoundingClientRect().bottom
+                       - find("controls").getBoundingClientRect().top);
+            find("step").click();
+          } while (!find("step").disabled);
+          done({below});
+        });""")
+    assert max(told["below"]) <= 0
+
+
 AXE = Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js"
 
 
