@@ -89,7 +89,7 @@ class Session:
             first = (number + repeat) % len(self.ways)  # none is always first
             for i in [*range(first, len(self.ways)), *range(first)]:
                 if i == repeat == 0:
-                    result = self.show(prompt, ids, sampler)
+                    result, recorder = self.show(prompt, ids, sampler)
                     found[i].append((result["ids"], result["seconds"]))
                 else:
                     found[i].append(self.decode(ids, *self.ways[i], sampler))
@@ -102,6 +102,8 @@ class Session:
                        "one_row_tokens": len(one_row), "one_row_seconds": times[2],
                        "repeats": args.repeats or 1, "width": self.decoder.width,
                        "identical": all(run == vanilla for run, _ in found[0] + found[1])}
+        if recorder:  # now that the result says whether it is vanilla's
+            add_trace(args.trace, recorder.trace(result))
         self.results.append(result)
         if args.json:
             print(json.dumps(result), flush=True)
@@ -132,10 +134,7 @@ class Session:
         finally:
             screen.wipe()
             stream.close()
-        result = statistics_of(ids, pieces, decoder.drafts_trees(args.drafter))
-        if recorder:
-            add_trace(args.trace, recorder.trace(result))
-        return result
+        return statistics_of(ids, pieces, decoder.drafts_trees(args.drafter)), recorder
 
     def stopped_at(self, prompt, ids):
         """What ended a text before its end; None if nothing did."""

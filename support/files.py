@@ -32,6 +32,7 @@ def write_atomically(path, data):
     Of two writers at once the later wins. Nothing is left of a write that fails.
     """
     path = Path(path)
+    require(path.is_file() or not path.exists(), f"{path}: is no file that could be replaced")
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # no other writer's
     try:
         try:

@@ -15,6 +15,8 @@ from pathlib import Path
 from bench import ablations, authors_methods, choose, gpu, order, rules, spec_bench, speed
 from models import make_stories, own_answers
 from support import start
+from support.errors import UserError
+from support.files import write_atomically
 from support.program import run_program
 
 import pytest
@@ -240,6 +242,14 @@ def test_what_is_for_people_need_not_be_read(folder, monkeypatch, capsys):
     words = [*MODEL.split(), "--json", "--prompt", "a", "--max-new-tokens", "2"]
     monkeypatch.chdir(folder)
     assert start.main(words) == 0 and json.loads(capsys.readouterr().out)["ids"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """Guards /dev/null and pipes: as root, a file was put in the place of one."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is no file that could be replaced"):
+        write_atomically(tmp_path / "pipe", b"")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def run_with_torch(tmp_path, instead, line):

@@ -103,6 +103,7 @@ def test_the_data_is_the_run(run, args):
     algorithm says it runs."""
     data, result, _ = run(*args)
     rounds, L, N = data["rounds"], data["exit_layer"], data["layers"]
+    assert data["identical"] == result.get("identical")
     assert [token["id"] for r in rounds for token in r["committed"]] == result["ids"]
     assert "".join(token["text"]
                    for r in rounds
