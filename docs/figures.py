@@ -83,7 +83,7 @@ def load(name):
 def spec_bench():
     """The paper's table, ours above the paper's; what each method needs; the paper's Figure 1."""
     panels = {}
-    for name in (*MODELS, "smollm2-60", "smollm2-60-width-2"):
+    for name in (*MODELS, "smollm2-60"):
         if not (results := load(f"spec_bench-{name}")):
             continue
         summary = summarise(results)
