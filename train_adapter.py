@@ -334,7 +334,7 @@ class Training:
     """
     # Options that a resumed run must share with the one that it goes on from.
     EXACT = ("learn", "exit_layer", "vocabulary", "loss", "lr", "warmup", "updates", "batches",
-             "batch_tokens", "max_length", "window", "passes", "seed")
+             "batch_tokens", "max_length", "window", "passes", "norm", "seed")
 
     def __init__(self, args):
         self.args = args
@@ -368,7 +368,7 @@ class Training:
                 f"0 and below the model's {layers} layers")
         if args.init is None:
             name = args.architecture or "attention"
-            return new_adapter(ADAPTERS[name], self.model), name, None
+            return new_adapter(ADAPTERS[name], self.model, args.norm), name, None
         try:
             adapter = load_adapter(args.init, self.model, args.exit_layer)
         except UserError as e:

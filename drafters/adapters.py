@@ -72,12 +72,12 @@ class PartialHead(nn.Module):
 UNSURE = 0.3  # of the target's final norm: what a new adapter begins with
 
 
-def new_adapter(cls, model):
-    """An adapter in float32 that begins as the target's final norm alone, scaled down.
+def new_adapter(cls, model, norm=None):
+    """An adapter in float32 that begins as the target's final norm alone, times `norm` (UNSURE).
 
     Its residual branches start at zero. What it then says of the exit state is wrong, and with the
-    target's own norm it would say that with a trained model's certainty, which would have to be
-    unlearned first (docs/training.md has the trial).
+    target's own norm it says that with a trained model's certainty, which may have to be unlearned
+    first (docs/lab.md has the trial).
     """
     adapter = cls(replace(model.config, num_hidden_layers=1))
     for name, weight in named_weights(adapter).items():
@@ -85,7 +85,7 @@ def new_adapter(cls, model):
             weight.data.zero_()
         elif weight.dim() > 1:
             weight.data.normal_(std=weight.shape[1] ** -0.5)
-    adapter.norm.weight.data.copy_(UNSURE * model.norm.weight)
+    adapter.norm.weight.data.copy_((UNSURE if norm is None else norm) * model.norm.weight)
     return use_fast_norms(adapter.to(model.norm.weight.device))
 
 

@@ -120,7 +120,7 @@ def parse_arguments(argv):
     option, _ = options(parser)
     option("--heads", "K", "heads, each for a position further ahead", 3, type=int)
     # What `Training` asks of, and heads have no choice in.
-    parser.set_defaults(learn="target", init=None, exit_layer=None)
+    parser.set_defaults(learn="target", init=None, norm=None, exit_layer=None)
     args = parser.parse_args(argv)
     refuse_below_one(args, "heads")
     refuse_wrong_values(args)

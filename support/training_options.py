@@ -66,6 +66,8 @@ def parse_adapter_arguments(argv):
     option, _ = options(parser)
     option("--exit-layer", "ℓ", "layers that draft, with the adapter", type=int)
     option("--architecture", "NAME", "attention (default), or layer (attention and an MLP)")
+    option("--norm", "X", "a new adapter begins with the model's final norm times X: below 1, what "
+           "it says at first is less sure (default: 0.3)", type=float)
     option("--init", "DIR", "begin from this adapter, with its architecture (default: from a new "
            "one)", type=Path)
     option("--learn", "NAME", "target, what the whole model says; or text, the next token of all "
@@ -78,6 +80,8 @@ def parse_adapter_arguments(argv):
     require_one_of("learn", args.learn, LEARN)
     require(args.exit_layer is not None, "--exit-layer: is needed, see --help")
     require_folder(args.model, "--model")
+    require(args.norm is None or args.init is None and 0 < args.norm < math.inf,
+            f"--norm {args.norm}: must be above 0, and is for a new adapter, not for --init")
     require(args.learn == "target" or args.loss == "cross-entropy",
             f"--loss {args.loss}: not for --learn text, where one token has all of p")
     prepare_folder(args)
