@@ -524,9 +524,10 @@ def test_bad_prompt_files_are_refused(refused, tmp_path, text, where, words):
 
 @pytest.mark.parametrize("data", ["One day", "Über den Fluß\n"])
 def test_a_dash_reads_standard_input(decode, monkeypatch, data):
-    """Guards `--prompt -`: a minus sign as the prompt, or input that loses characters."""
+    """Guards `--prompt -`: a minus sign as the prompt, input that loses characters, or the line
+    break that `echo` adds."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode()), encoding="utf-8"))
-    assert facts(decode("--prompt", "-")) == facts(decode(prompt=data))
+    assert facts(decode("--prompt", "-")) == facts(decode(prompt=data.strip()))
 
 
 def test_a_byte_order_mark_is_no_text(decode, monkeypatch):

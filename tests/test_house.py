@@ -1,5 +1,6 @@
 """The house: which room may use which, and how wide a line is."""
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for path in (ROOT / folder).glob("*.py")}
 
 
+@cache
 def imports(path):
     """The modules of ours that a file imports when it is imported, or in a function."""
     found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
@@ -29,6 +31,7 @@ def imports(path):
     return found
 
 
+@cache
 def needed(module):
     """All that a module imports, by whatever way."""
     found, new = set(), {module}
