@@ -6,3 +6,5 @@ import os
 
 # Read when PyTorch is imported, which is later.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+from training import adapter, folder, killed, refused, train  # noqa: F401 (fixtures)
