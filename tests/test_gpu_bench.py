@@ -14,13 +14,13 @@ from support.errors import UserError
 
 import pytest
 import torch
-from helpers import TEXT, some, thorough, write_adapter, write_model
+from helpers import PROFILE, TEXT, some, write_adapter, write_model
 
 
-@pytest.fixture
-def flags(tmp_path):
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
     """A tiny model, adapter, questions and text, a page and a results file."""
-    folder = tmp_path
+    folder = tmp_path_factory.mktemp("gpu")
     write_adapter(folder / "model" / "adapter", write_model(folder / "model"))
     asked = [{"category": "qa", "turns": [f"Who is number {i}?"]} for i in range(3)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
@@ -47,21 +47,19 @@ class TrainedHere:
         return self.status
 
 
-EVERY = dict(gpu.PARTS)  # "tests" starts a pytest: the quick form leaves it to the next test
+# Without "tests", which starts a pytest: that one is the next test.
 QUICK = "equal-float32", "shape-7B", "model", "train", "answers"
 
 
-@pytest.mark.parametrize("chosen", [QUICK, pytest.param(tuple(EVERY), marks=thorough)],
-                         ids=["some", "all"])
-def test_all_parts_one_after_another(flags, monkeypatch, capsys, chosen):
+def test_all_parts_one_after_another(flags, monkeypatch, capsys):
     """Each part is done once; one that was broken off is done by the next run, which has the rest
     already; then the page has figures where it said "not run"."""
-    done, broken = [], "shape-7B"
-    monkeypatch.setattr(gpu, "PARTS", {name: EVERY[name] for name in chosen})
-    monkeypatch.setattr(gpu, "DEFAULT_MODEL", flags["--model"])
+    done, broken, chosen = [], "shape-7B", [*gpu.PARTS] if PROFILE == "thorough" else QUICK
     if chosen is QUICK:
+        monkeypatch.setattr(gpu, "PARTS", {name: gpu.PARTS[name] for name in QUICK})
         monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(
             Popen=TrainedHere, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(gpu, "DEFAULT_MODEL", flags["--model"])
 
     def here(part, argv, minutes):
         done.append(part)

@@ -690,7 +690,7 @@ def test_published_folders_decode_and_train(tmp_path, capfd):
     the files that they were published in, all the way."""
     as_published(tmp_path)
     common = ["--model", str(tmp_path / "model"), "--prompt", "stones", "--compare", "--json",
-              "--threshold", "0", "--device", "cpu", "--dtype", "float32"]
+              "--threshold", "0", "--device", "cpu", "--dtype", "float32", "--max-new-tokens", "32"]
     assert start.main([*common, "--adapter", str(tmp_path / "adapter"), "--exit-layer",
                               "1"]) == 0, capfd.readouterr().err
     before = json.loads(capfd.readouterr().out)
