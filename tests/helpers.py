@@ -31,14 +31,22 @@ TINY = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, nu
 
 
 # A falsifying example is printed with all its numbers, the seeds among them; weights and prompts
-# follow from these. HYPOTHESIS_PROFILE=thorough tries three times as many examples, for the night;
-# hurried does not shrink a falsifying one, for tests/mutations.py.
+# follow from these. HYPOTHESIS_PROFILE=thorough tries three times as many examples and all cases of
+# what is exhaustive by nature; hurried does not shrink a falsifying one, for tests/mutations.py.
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "kangaroo")
 settings.register_profile("kangaroo", max_examples=33, deadline=None, print_blob=True)
 settings.register_profile("thorough", parent=settings.get_profile("kangaroo"), max_examples=100)
 settings.register_profile("hurried", parent=settings.get_profile("kangaroo"),
                           phases=[Phase.explicit, Phase.generate])
 settings.load_profile(PROFILE)
+
+
+thorough = pytest.mark.skipif(PROFILE != "thorough", reason="takes long: see docs/README.md")
+
+
+def some(cases, step):
+    """All cases in the thorough profile, every step-th in the others."""
+    return list(cases)[::1 if PROFILE == "thorough" else step]
 
 
 def examples(n):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import kangaroo
@@ -18,7 +19,7 @@ from support import arguments, command_line, decoder, start
 
 import pytest
 import torch
-from helpers import PROFILE, save_file, write_adapter, write_model
+from helpers import save_file, some, thorough, write_adapter, write_model
 from safetensors.torch import load_file
 
 PROMPT = "Once upon a time"
@@ -231,11 +232,9 @@ def test_json_is_consistent(decode, steps, sampling):
     assert max(result["drafted"]) == steps and result["seconds"] > 0
 
 
-@pytest.mark.parametrize(
-    "drafter",
-    [[], ["--drafter", "lookup"], ["--steps", 0], ["--steps", 7], ["--threshold", 0],
-     ["--threshold", 1], ["--exit-layer", 0], ["--exit-layer", 3], ["--adapter", "random"]])
-@pytest.mark.parametrize("sampling", [[], SAMPLED])
+@pytest.mark.parametrize("sampling, drafter", some(product([[], SAMPLED], [
+    [], ["--drafter", "lookup"], ["--steps", 0], ["--steps", 7], ["--threshold", 0],
+    ["--threshold", 1], ["--exit-layer", 0], ["--exit-layer", 3], ["--adapter", "random"]]), 2))
 def test_every_drafter_gives_vanilla_ids(decode, drafter, sampling):
     """Guards the promise of the whole program, from flags to ids: an option about drafting that
     changes the output."""
@@ -248,9 +247,8 @@ def test_every_drafter_gives_vanilla_ids(decode, drafter, sampling):
             ] == [result[name] for name in ("prompt_ids", "ids", "text")]
 
 
-@pytest.mark.parametrize(
-    "tree", [[], ["--nodes", 3], ["--top-candidates", 2], ["--width", 32], ["--steps", 2]])
-@pytest.mark.parametrize("sampling", [[], SAMPLED])
+@pytest.mark.parametrize("sampling, tree", some(product([[], SAMPLED], [
+    [], ["--nodes", 3], ["--top-candidates", 2], ["--width", 32], ["--steps", 2]]), 2))
 def test_a_tree_gives_vanilla_ids(cli, decode, tree, sampling):
     """Guards --tree from flags to ids, and what is told of trees: nodes, parents and paths that do
     not fit the text."""
@@ -524,9 +522,10 @@ def test_bad_prompt_files_are_refused(refused, tmp_path, text, where, words):
 
 @pytest.mark.parametrize("data", ["One day", "Über den Fluß\n"])
 def test_a_dash_reads_standard_input(decode, monkeypatch, data):
-    """Guards `--prompt -`: a minus sign as the prompt, or input that loses characters."""
+    """Guards `--prompt -`: a minus sign as the prompt, input that loses characters, or the line
+    break that `echo` adds."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data.encode()), encoding="utf-8"))
-    assert facts(decode("--prompt", "-")) == facts(decode(prompt=data))
+    assert facts(decode("--prompt", "-")) == facts(decode(prompt=data.strip()))
 
 
 def test_a_byte_order_mark_is_no_text(decode, monkeypatch):
@@ -942,7 +941,7 @@ def test_a_pipe_closed_before_the_summary_ends_quietly(cli, monkeypatch):
     assert cli("--max-new-tokens", 2)[0] == 141
 
 
-@pytest.mark.skipif(PROFILE != "thorough", reason="a minute: HYPOTHESIS_PROFILE=thorough")
+@thorough
 def test_fresh_processes_agree(model):
     """One seed, one text, in as many processes at once as the machine is too small for: memory that
     is not initialised, a race, a hash that differs from process to process."""

@@ -1,8 +1,10 @@
 """The house: which room may use which, and how wide a line is."""
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
+from mutations import BUGS, mutated
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ["llama", "kangaroo", "drafters", "support", "train_adapter", "bench"]
@@ -12,6 +14,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for path in (ROOT / folder).glob("*.py")}
 
 
+@cache
 def imports(path):
     """The modules of ours that a file imports when it is imported, or in a function."""
     found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
@@ -29,6 +32,7 @@ def imports(path):
     return found
 
 
+@cache
 def needed(module):
     """All that a module imports, by whatever way."""
     found, new = set(), {module}
@@ -100,3 +104,10 @@ def test_a_line_has_100_columns(path):
     """Two files side by side, a phone, a projector: longer lines are cut there."""
     lines = path.read_text(encoding="utf-8").split("\n")
     assert not [i for i, line in enumerate(lines, 1) if len(line) > 100]
+
+
+@pytest.mark.parametrize("tests, name, mutation", [(tests, name, mutation)
+                                                   for tests, name, *mutation in BUGS])
+def test_a_planted_bug_has_its_line(tests, name, mutation):
+    """Guards tests/bugs: a line that was renamed, and a bug that is planted no more."""
+    assert (ROOT / tests).exists() and mutated(*mutation), name

@@ -1,4 +1,7 @@
-"""docs/kangaroo.ipynb: runs without Jupyter, and puts out again what was committed."""
+"""docs/kangaroo.ipynb: runs without Jupyter, and puts out again what was committed.
+
+The cells that take longest are run in the thorough profile only; no other needs them.
+"""
 import copy
 import json
 import subprocess
@@ -8,16 +11,18 @@ from docs.run_notebook import NOTEBOOK, execute, run
 from llama import Sampler, generate_naive
 
 import pytest
+from helpers import PROFILE
 
 ROOT = NOTEBOOK.parents[1]
 COMMITTED = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
 CELLS = {cell["id"]: cell for cell in COMMITTED["cells"]}
 CODE = {name: cell for name, cell in CELLS.items() if cell["cell_type"] == "code"}
+LONG = () if PROFILE == "thorough" else ("bits", "part", "sample", "eta")
 SILENT = "setup", "picture"  # they prepare, and put out nothing
 
 
 def test_it_runs_and_says_what_was_committed(monkeypatch):
-    """All cells in order, without Jupyter: the text and pictures that are stored.
+    """The cells in order, without Jupyter: the text and pictures that are stored.
 
     Which bits change in another shape, and so where texts part, is the processor's affair: the
     cells that show it are tagged `varies`, and what must hold in them is asserted here. All other
@@ -26,16 +31,18 @@ def test_it_runs_and_says_what_was_committed(monkeypatch):
     monkeypatch.chdir(NOTEBOOK.parent)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     notebook = copy.deepcopy(COMMITTED)
+    notebook["cells"] = [cell for cell in notebook["cells"] if cell["id"] not in LONG]
     space = run(notebook)
     ids, model, tokens = space["prompt"], space["model"], space["tokens"]
     assert space["reference"] == ids + generate_naive(model, ids, 60, Sampler())
     assert tokens(space["rounds"]) == tokens(space["vanilla"])
     assert len(space["rounds"]) < len(space["vanilla"]) / 4
-    (text, alone), (other, together) = space["decode_twice"](space["eight"])
-    assert text == other and all(alone[p].equal(together[p]) for p in alone)
+    if not LONG:
+        (text, alone), (other, together) = space["decode_twice"](space["eight"])
+        assert text == other and all(alone[p].equal(together[p]) for p in alone)
     for cell in notebook["cells"]:
         if "varies" not in cell["metadata"].get("tags", ()):
-            assert cell == CELLS[cell["id"]], (
+            assert cell.get("outputs") == CELLS[cell["id"]].get("outputs"), (
                 f"{cell['id']}: if this is right, store it with python docs/run_notebook.py")
 
 

@@ -289,7 +289,7 @@ def test_a_conversation_on_a_terminal(folder):
     if process == 0:  # pragma: no cover
         os.environ |= {"TERM": "dumb", "COLUMNS": "80"}
         os.execv(sys.executable, [sys.executable, SCRIPT, "--model", str(folder), "--device", "cpu",
-                                  "--chat", "chatml", "--max-new-tokens", "900"])
+                                  "--chat", "chatml", "--max-new-tokens", "300"])
     received = ""
 
     def wait_for(words):

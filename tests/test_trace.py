@@ -18,7 +18,7 @@ from support import replay, start
 from support.decoder import load
 
 import pytest
-from helpers import write_adapter, write_model
+from helpers import some, write_adapter, write_model
 
 PROMPT = "Once </script><script>document.title = window.hacked = 1</script><!-- <b>upon & a time"
 # The noise that drafter and target share decides: many drafted tokens are accepted.
@@ -422,7 +422,7 @@ done({seen});
 
 
 @in_browser
-@pytest.mark.parametrize("name", ["kangaroo", "rejected", "lookup", "chat", "tree"])
+@pytest.mark.parametrize("name", some(["kangaroo", "rejected", "lookup", "tree", "chat"], 3))
 def test_stepping_to_the_end_shows_the_decode(run, tmp_path, name):
     """At every step the text is what had been decoded by then; at the end it is all of it, with the
     run's counts."""
@@ -604,7 +604,7 @@ def framed(page, tmp_path, script, head="", **more):
 
 
 @in_browser
-@pytest.mark.parametrize("name", ["kangaroo", "tree"])
+@pytest.mark.parametrize("name", some(["tree", "kangaroo"], 2))
 def test_a_phone_needs_no_sideways_scrolling_and_all_controls_have_names(run, tmp_path, name):
     """At 390 and 320 pixels nothing is wider than the screen and the controls are in sight; each
     says what it does."""
@@ -716,7 +716,7 @@ done({hover, typed, inside, left, escaped: read()});
 
 
 @in_browser
-@pytest.mark.parametrize("hash", ["#tree", "#kangaroo", "#kangaroo,tree"])
+@pytest.mark.parametrize("hash", some(["#kangaroo,tree", "#tree", "#kangaroo"], 3))
 def test_what_was_rejected_can_be_read_at_its_word(several, tmp_path, hash):
     """Every drafted token that was not accepted is in the tip of one word, in its own round, by
     hovering and by the arrow keys alike. Escape and leaving take the tip away."""
@@ -744,12 +744,12 @@ def test_what_was_rejected_can_be_read_at_its_word(several, tmp_path, hash):
 
 
 @in_browser
-@pytest.mark.parametrize("hash, names, missing", [
+@pytest.mark.parametrize("hash, names, missing", some([
     ("", ["Kangaroo"], ""), ("#none", ["vanilla decoding"], ""), ("#sps", ["Kangaroo"], "sps"),
-    ("#none,tree", ["vanilla decoding", "Kangaroo with a tree"], ""),
-    ("#none%2Ckangaroo/7", ["vanilla decoding", "Kangaroo"], ""),
     ("#medusa,none/round-2", ["vanilla decoding"], "medusa"),
-    ("#tree,tree", ["Kangaroo with a tree"], "")])
+    ("#none,tree", ["vanilla decoding", "Kangaroo with a tree"], ""),
+    ("#tree,tree", ["Kangaroo with a tree"], ""),
+    ("#none%2Ckangaroo/7", ["vanilla decoding", "Kangaroo"], "")], 3))
 def test_an_address_names_methods_and_a_place(several, tmp_path, hash, names, missing):
     """Methods that a page does not have are named, and the others shown."""
     told = browse(several[0], tmp_path, """

@@ -12,7 +12,8 @@ from train_adapter import measure_batch
 import pytest
 import torch
 from helpers import TEXT, write_model
-from test_methods_2 import CIRCLE, perfect_heads, rule
+from test_lookahead import CIRCLE, rule
+from test_medusa import perfect_heads
 
 
 @pytest.fixture(scope="module")

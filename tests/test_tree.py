@@ -2,6 +2,7 @@
 decoding along its path."""
 import random
 from dataclasses import replace
+from itertools import product
 from math import ceil
 
 from drafters.rest import RestDrafter
@@ -16,7 +17,6 @@ import torch
 from helpers import (
     DEVICES,
     DTYPES,
-    PROFILE,
     TINY,
     NoisyAdapter,
     PerfectAdapter,
@@ -26,6 +26,7 @@ from helpers import (
     random_adapter,
     random_model,
     samplers,
+    some,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -126,8 +127,7 @@ def test_any_tree_gives_the_bits_of_vanilla(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [12, 16, 32] if PROFILE == "thorough" else [12, 32])
+@pytest.mark.parametrize("width, dtype", some(product([12, 16, 32], DTYPES), 2), ids=str)
 def test_every_node_has_the_bits_of_its_path(device, dtype, width):
     """All rows of a step, not only accepted ones, in a model wide enough to round: other keys in
     sight, another order of summation, another position."""

@@ -1,5 +1,7 @@
-"""Lookahead and Medusa: both oracles hold, the method wins where it must, files are read or
-refused."""
+"""Medusa: heads that are right by construction win, what is drafted, which files are read.
+
+That it keeps the bits of vanilla decoding is in test_lossless_methods.py.
+"""
 import json
 import pickle
 import random
@@ -7,13 +9,12 @@ from dataclasses import replace
 from math import ceil
 
 from drafters.adapters import PartialHead, load_adapter
-from drafters.lookahead import CANDIDATES, NGRAM, WINDOW, LookaheadDrafter
 from drafters.medusa import TREE, Heads, MedusaDrafter, load_heads
-from kangaroo import NoDrafter, generate
+from kangaroo import generate
 from llama import Sampler
 from support import start
 from support.checkpoint import build, load_llama, named_weights
-from support.decoder import Settings, load
+from support.decoder import load
 from support.errors import UserError
 from support.graphs import direct_recorder
 from support.replay import read_page
@@ -22,10 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    DEVICES,
-    DTYPES,
     TINY,
-    block,
     config_json,
     examples,
     random_model,
@@ -36,7 +34,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from test_lossless import assert_equal_bits, configs, decode
+from test_lookahead import CIRCLE, rule, run, steps_ahead
 
 
 def random_heads(model, heads=3, own=False, seed=0, blocks=1):
@@ -45,178 +43,8 @@ def random_heads(model, heads=3, own=False, seed=0, blocks=1):
     return random_weights(build(Heads, shape, weight.device, weight.dtype), seed)
 
 
-def make_drafter(kind, model, width, heads=None):
-    if kind == "lookahead":
-        return LookaheadDrafter(model, min(WINDOW, width // (NGRAM - 1)))
-    heads = heads or random_heads(model)
-    return MedusaDrafter(model, heads, TREE if kind == "medusa tree" else None)
-
-
-KINDS = "lookahead", "medusa", "medusa tree"
-
-
 # --------------------------------------------------------------------------------------------------
-# The first oracle: the bits of vanilla decoding
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(config=configs(), seed=st.integers(0, 999), sampler=samplers,
-       prompt_length=st.integers(1, 40), n=st.integers(1, 40),
-       width=st.sampled_from([2, 8, 9, 12, 16, 32]), data=st.data(), packed=st.booleans(),
-       own=st.booleans(), eos=st.sets(st.integers(0, 39), max_size=2))
-@examples(24)
-def test_any_method_gives_the_bits_of_vanilla(kind, device, dtype, config, seed, sampler,
-                                              prompt_length, n, width, data, packed, own, eos):
-    """Guards everything: depth at block edges and the end, rows moved after acceptance, EOS on a
-    branch, a tree that is wider than the step."""
-    width = width if kind == "medusa" else max(9, width)
-    steps = data.draw(st.integers(0, width - 1), "γ")
-    with block(data.draw(st.sampled_from([32, 64]), "block")):
-        model = random_model(config, seed, dtype, device, packed_for=width if packed else None)
-        # Heads of zeros say what the target said: right now and then, where a text repeats itself.
-        heads = random_heads(random_model(config, seed, dtype, device), own=own)
-        source = random.Random(seed)
-        prompt = [source.randrange(config.vocab_size) for _ in range(prompt_length)]
-        options = dict(steps=steps, sampler=sampler, eos=eos, width=width)
-        vanilla = decode(model, NoDrafter(model), prompt, n, **options)
-        drafted = decode(model, make_drafter(kind, model, width, heads), prompt, n, garbage=7e3,
-                         **options)
-        assert_equal_bits(model, prompt, vanilla, drafted)
-        for r in drafted[3]:
-            edges = list(zip(r.draft.parents, r.draft.tokens))
-            assert len(edges) < width and max(r.draft.levels()) <= steps
-            assert len(set(edges)) == len(edges)  # the second of equals could not be accepted
-
-
-# --------------------------------------------------------------------------------------------------
-# Toys in which a method must win
-
-def rule(following, hidden_size=None):
-    """A Llama whose next token is following[token]: states are one-hot, attention adds nothing."""
-    size = len(following)
-    config = replace(TINY, vocab_size=size, hidden_size=size, num_hidden_layers=2)
-    model = random_model(config, 1)
-    for layer in model.layers:
-        layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
-    model.norm.weight.data.fill_(1)
-    model.embed_tokens.weight.data.copy_(torch.eye(size))
-    model.lm_head.weight.data.copy_(steps_ahead(following, 1))
-    return model
-
-
-def steps_ahead(following, k):
-    """A projection (V, V) that says from a one-hot state which token comes k steps later."""
-    weight = torch.zeros(len(following), len(following))
-    for token in range(len(following)):
-        later = token
-        for _ in range(k):
-            later = following[later]
-        weight[later, token] = 1
-    return weight
-
-
-CIRCLE = [(t + 1) % 12 for t in range(12)]  # a text that repeats itself every 12 tokens
-
-
-def run(model, drafter, prompt, n, steps=15, sampler=None, width=16):
-    """Rounds, whose text is checked against vanilla decoding; no block's edge cuts a draft."""
-    with block(256):
-        rounds, vanilla = (list(generate(model, who, prompt, n, steps, sampler, width=width))
-                           for who in (drafter, NoDrafter(model)))
-    assert sum((r.tokens for r in rounds), []) == sum((r.tokens for r in vanilla), [])
-    return rounds
-
-
-@pytest.mark.parametrize("window, ngram, n", [(6, 3, 70), (4, 4, 61), (2, 5, 33), (8, 2, 90)])
-def test_lookahead_on_a_periodic_text(window, ngram, n):
-    """A prompt of two periods fills the pool; then the window's longest path is right in every
-    round: W + N − 3 tokens and the target's own. A pool keyed by the wrong token costs rounds."""
-    model = rule(CIRCLE)
-    drafter = LookaheadDrafter(model, window, ngram)
-    rounds = run(model, drafter, 2 * list(range(12)) + [0], n)
-    assert len(rounds) == ceil(n / (window + ngram - 2))
-
-
-@pytest.mark.parametrize("candidates", [2, 4])
-def test_the_n_grams_of_the_pool_are_accepted(candidates):
-    """A window of one column guesses nothing: what is accepted are the pool's n-grams, N − 1 tokens
-    a round."""
-    model = rule(CIRCLE)
-    drafter = LookaheadDrafter(model, 1, 4, candidates)
-    drafter.guess = lambda ids, token: ids[-1]  # wrong
-    rounds = run(model, drafter, 2 * list(range(12)) + [0], 40)
-    assert len(rounds) == 10 and all(r.accepted == 3 for r in rounds[:-1])
-
-
-def test_lookahead_learns_without_a_prompt():
-    """From one token on, the window alone finds what follows what; vanilla needs 96 rounds."""
-    model = rule(CIRCLE)
-    assert len(run(model, LookaheadDrafter(model), [0], 96)) < 48
-
-
-class Clock:
-    """A target whose next token is the position: only what stands at its own place is right."""
-
-    def __init__(self, size=128):
-        self.model = rule([(t + 1) % size for t in range(size)])
-        self.model.run_layers = self.run_layers
-
-    def run_layers(self, x, positions, cache, first, last):
-        return F.one_hot(positions, x.shape[-1])[None].to(x.dtype)
-
-
-@pytest.mark.parametrize("window, ngram", [(6, 3), (4, 4), (3, 5)])
-def test_the_window_moves_by_the_accepted_length(window, ngram):
-    """After each round the columns that were run end with what the target says at their position,
-    and no guess stands where a word of the target's was. Guards against a window that moves by the
-    drafted length, or by one."""
-    model, checked, accepted = Clock().model, 0, set()
-    drafter = LookaheadDrafter(model, window, ngram, 0)
-    drafter.guess = lambda ids, token: 0  # the token of position 0, wrong everywhere else
-    ids = [0]
-    for r in generate(model, drafter, ids, 36, 15, width=16):
-        ids += r.tokens
-        accepted.add(r.accepted)
-        kept = drafter.columns[:]
-        assert len(kept) == max(0, window - r.accepted) or len(ids) > 36 - 15
-        for j, column in enumerate(kept[:len(drafter.ends) - r.accepted]):
-            assert column[-1] == len(ids) - 1 + j + ngram - 2
-            checked += 1
-        for j, column in enumerate(kept):
-            assert all(token in (0, len(ids) - 1 + j + i) for i, token in enumerate(column))
-    assert ids == list(range(37)) and checked > 20 and len(accepted) > 1
-
-
-def test_columns_that_are_not_run_keep_their_place():
-    """Near a block's edge and the end there is no room for the deep ones: they stay where they
-    stand, and go on later."""
-    model = Clock().model
-    drafter = LookaheadDrafter(model, 6, 3, 0)
-    drafter.guess = lambda ids, token: 0
-    ids, seen = [0], 0
-    with block(32):
-        for r in generate(model, drafter, ids, 50, 3, width=16):
-            ids += r.tokens
-            for j, column in enumerate(drafter.columns):
-                assert all(token in (0, len(ids) - 1 + j + i) for i, token in enumerate(column))
-                seen += len(column) - column.count(0)
-    assert seen > 50
-
-
-def test_the_pool_keeps_the_latest_n_grams():
-    """At most G a token, the last learned first; one that comes again is not kept twice."""
-    model = random_model()
-    drafter, cache = LookaheadDrafter(model, 1, 3, 2), model.new_cache(64, 16)
-    drafter.prefill([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], cache, Sampler())
-    assert drafter.pool[1] == [[4, 5], [2, 3]]
-    draft = drafter.draft([1, 2, 3, 1, 4, 5, 1, 2, 3, 1], 9, cache)
-    paths = [p for p in zip(draft.parents, draft.tokens)]
-    assert draft.child(0, 4) and draft.child(draft.child(0, 4), 5)
-    assert paths.index((0, 2)) < paths.index((0, 4))  # the window's guess is the latest too
-    drafter.learn([1, 7, 7])
-    assert drafter.pool[1] == [[2, 3], [7, 7]]
-
+# Heads that must win
 
 def perfect_heads(model, following, heads=3):
     """Heads that are right about a `rule`: blocks that add nothing, and a projection k + 1 on."""
@@ -263,11 +91,11 @@ def test_heads_use_the_noise_of_the_position(tree, sampler):
 # --------------------------------------------------------------------------------------------------
 # The second oracle: what Medusa drafts
 
-@pytest.mark.parametrize("kind", ["medusa", "medusa tree"])
+@pytest.mark.parametrize("tree", [None, TREE], ids=["chain", "tree"])
 @given(seed=st.integers(0, 999), sampler=samplers, prompt_length=st.integers(2, 20),
        own=st.booleans(), vocabulary=st.booleans())
 @examples(20)
-def test_every_draft_is_that_of_a_fresh_drafter(kind, seed, sampler, prompt_length, own,
+def test_every_draft_is_that_of_a_fresh_drafter(tree, seed, sampler, prompt_length, own,
                                                 vocabulary):
     """Its state is that of the last committed token that was run, whatever was rejected: a drafter
     that was given the text as its prompt drafts the same."""
@@ -276,10 +104,10 @@ def test_every_draft_is_that_of_a_fresh_drafter(kind, seed, sampler, prompt_leng
     if vocabulary and not own:
         heads.head = PartialHead(model.lm_head, torch.arange(0, 40, 3))
     ids = [random.Random(seed).randrange(40) for _ in range(prompt_length)]
-    drafter, inner = make_drafter(kind, model, 16, heads), None
+    drafter, inner = MedusaDrafter(model, heads, tree), None
 
     def draft(ids, n_max, cache):
-        fresh = make_drafter(kind, model, 16, heads)
+        fresh = MedusaDrafter(model, heads, tree)
         empty = model.new_cache(len(ids), 16)
         states = fresh.prefill(ids[:-1], empty, sampler)
         states = model.run_layers(states, torch.arange(len(ids) - 1), empty, 0, 4)
@@ -295,21 +123,6 @@ def test_every_draft_is_that_of_a_fresh_drafter(kind, seed, sampler, prompt_leng
     assert sum(len(r.tokens) for r in rounds) == 20
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_host_syncs(kind, monkeypatch):
-    """One a round, and for Medusa's heads one more: each more costs a GPU its queue."""
-    model, sampler, syncs = random_model(), Sampler(0.7, 5, 0.9), []
-    drafter = make_drafter(kind, model, 16)
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu",
-                 "nonzero"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda *args, original=original:
-                            (syncs.append(original), original(*args))[1])
-    rounds = list(generate(model, drafter, [1, 2, 3, 2, 3], 30, 5, sampler, width=16))
-    drafted = sum(bool(r.draft.tokens) for r in rounds)
-    assert len(syncs) == len(rounds) + (drafted if kind != "lookahead" else 0)
-
-
 def test_heads_full_of_nan_are_an_error():
     """They would draft nonsense in silence."""
     model = random_model()
@@ -318,26 +131,6 @@ def test_heads_full_of_nan_are_an_error():
     heads.heads[1][0].linear.bias.data.fill_(float("nan"))
     with pytest.raises(UserError, match="the damaged ones: what it drafts with is not finite"):
         list(generate(model, MedusaDrafter(model, heads), [1, 2], 9))
-
-
-@pytest.mark.parametrize("kwargs, words", [
-    ({"window": 0}, "window 0"), ({"ngram": 1}, "ngram 1"), ({"candidates": -1}, "-1")])
-def test_a_window_that_cannot_be(kwargs, words):
-    """Guards against a failed assertion in the middle of a text."""
-    assert WINDOW * (NGRAM - 1) + CANDIDATES * (NGRAM - 1) == 16  # the rows of its width
-    with pytest.raises(UserError, match=words):
-        LookaheadDrafter(random_model(), **kwargs)
-
-
-@pytest.mark.parametrize("width, words", [
-    (8, "--width 8: must be above 8 for a tree of drafts"), (9, "must be at least 12"),
-    (11, "--width 11: must be at least 12, the rows of a window of 6 columns of 2 tokens")])
-def test_a_window_that_does_not_fit(width, words):
-    """Before any text."""
-    settings = Settings(steps=5, window=WINDOW, ngram=NGRAM, candidates=CANDIDATES)
-    with pytest.raises(UserError, match=words):
-        LookaheadDrafter.check(settings, width)
-    LookaheadDrafter.check(settings, 12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,10 +211,10 @@ def test_our_own_form_has_a_vocabulary(tmp_path):
         load_heads(tmp_path, model)
 
 
-@pytest.mark.parametrize("form", ["pt", "safetensors"])
-@pytest.mark.parametrize("args", [[], ["--tree"], ["--tree", "--nodes", 5], ["--steps", 1],
-                                  ["--tree", "--width", 32], ["--temperature", 0.9]],
-                         ids=lambda args: " ".join(map(str, args)) or "chain")
+@pytest.mark.parametrize("form, args", [
+    ("pt", []), ("safetensors", ["--tree"]), ("pt", ["--tree", "--nodes", 5]),
+    ("safetensors", ["--steps", 1]), ("safetensors", ["--tree", "--width", 32]),
+    ("pt", ["--temperature", 0.9])], ids=str)
 def test_medusa_gives_vanilla_ids(cli, folder, tmp_path, form, args):
     """From flags to ids, and what is told of it."""
     write_heads(tmp_path, load(folder, device="cpu", dtype="float32", adapter=False).model, form)
@@ -448,21 +241,6 @@ def test_the_folder_medusa_is_the_default(cli, folder, tmp_path, monkeypatch):
         (folder / "medusa").rmdir()
 
 
-@pytest.mark.parametrize("args", [[], ["--steps", 3], ["--width", 32], ["--temperature", 0.9]],
-                         ids=lambda args: " ".join(map(str, args)) or "default")
-def test_lookahead_gives_vanilla_ids(cli, args):
-    """From flags to ids, at the width of its own."""
-    args = ["--drafter", "lookahead", "--compare", *args]
-    status, out, err = cli("--json", *args)
-    result = json.loads(out)
-    assert status == 0 and result["identical"] and sum(result["drafted"])
-    assert [len(t["tokens"]) for t in result["trees"]] == result["drafted"]
-    status, out, err = cli(*args)
-    drafted, accepted = (sum(result[name]) for name in ("drafted", "accepted"))
-    assert f"{accepted} of {drafted} drafted tokens accepted" in err
-    assert f"drafter lookahead · width {32 if 32 in args else 16}" in err
-
-
 def refused(cli, words, *args):
     status, out, err = cli(*args)
     assert (status, out) == (2, "") and err.count("\n") == 1, err
@@ -471,10 +249,6 @@ def refused(cli, words, *args):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--drafter", "lookahead", "--width", 8], ["--width 8", "above 8", "tree"]),
-    (["--drafter", "lookahead", "--width", 10], ["--width 10", "at least 12"]),
-    (["--drafter", "lookahead", "--tree"], ["--tree", "lookahead"]),
-    (["--drafter", "lookahead", "--nodes", 4], ["--nodes 4", "lookahead has none"]),
     (["--drafter", "medusa"], ["no Medusa heads for ", "give --adapter DIR"]),
     (["--drafter", "medusa-tree"], ["--drafter medusa-tree"]),
     (["--drafter", "medusa", "--adapter", "absent"], ["absent", "medusa_lm_head.pt"]),

@@ -1,0 +1,21 @@
+"""Bugs that tests/test_pretend_cuda.py must see; tests/mutations.py plants them."""
+GRAPHS = "support/graphs.py"
+ATTENTION = "support/attention.py"
+BUGS = [
+    ("a host value is frozen into a recording", GRAPHS,
+     "model.step(numbers[:1], numbers[1], view,", "model.step(numbers[:1], start, view,"),
+    ("a CPU tensor in a step", ATTENTION, "torch.arange(length, device=positions.device)",
+     "torch.arange(length)"),
+    ("an .item() in a step", "llama.py",
+     "        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)\n",
+     "        x.sum().item()\n"
+     "        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)\n"),
+    ("a missing warm-up", GRAPHS,
+     "            with torch.cuda.stream(self.stream):\n                function(*inputs)\n", ""),
+    ("a replay finds the first input", GRAPHS,
+     "            static.copy_(tensor, non_blocking=True)\n", "            pass\n"),
+    ("a second sync a round", "kangaroo.py", "        choices, finite = torch.stack(",
+     "        logits.sum().item()\n        choices, finite = torch.stack("),
+    ("a mask of another dtype", ATTENTION, "torch.zeros_like(unseen, dtype=like.dtype)",
+     "torch.zeros_like(unseen, dtype=torch.float32)"),
+]
