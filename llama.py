@@ -270,6 +270,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(q, o_proj=config.hidden_size)
 
     def forward(self, x, rows, cache=None, layer=0):
+        return self.o_proj(self.mix(x, rows, cache, layer))
+
+    def mix(self, x, rows, cache, layer):
+        """The heads' outputs side by side (B, T, heads · head_dim)."""
         qkv = self.qkv_proj(x).unflatten(2, (-1, self.head_dim))  # (B, T, H + 2 K, D)
         if cache is None:
             q, k, v = rotate_all(qkv, self.heads, rows.cos, rows.sin)
@@ -277,8 +281,7 @@ class Attention(nn.Module):
             both = cache.layers[layer]
             q = self.rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, both)
             k, v = both[:, :, :cache.length]  # (1, S, K, D)
-        y = attend(q, k, v, rows.mask, rows.columns, rows.shared)
-        return self.o_proj(y.flatten(2))
+        return attend(q, k, v, rows.mask, rows.columns, rows.shared).flatten(2)
 
 
 class MLP(nn.Module):
@@ -342,6 +345,7 @@ class Llama(nn.Module):
         Without a cache the rows see one another only.
         """
         rows = Rows.at(self.config, positions, x, cache)
+        x = x.clone()  # on a GPU the layers add to it in place: support/packing.py
         for i in range(first, last):
             x = self.layers[i](x, rows, cache, i)
         return x
