@@ -227,7 +227,7 @@ CUDA_TESTS = ["tests/test_pretend_cuda.py"]
 CUDA_MUTATIONS = [
     ("a host value is frozen into a recording", GRAPHS,
      "model.step(numbers[:1], numbers[1], view,", "model.step(numbers[:1], start, view,"),
-    ("a CPU tensor in a step", ATTENTION, "torch.arange(length, device=positions.device)",
+    ("a CPU tensor in a step", ATTENTION, "torch.arange(length, device=device)",
      "torch.arange(length)"),
     ("an .item() in a step", "llama.py",
      "        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)\n",
@@ -239,8 +239,8 @@ CUDA_MUTATIONS = [
      "            static.copy_(tensor, non_blocking=True)\n", "            pass\n"),
     ("a second sync a round", "kangaroo.py", "        choices, finite = torch.stack(",
      "        logits.sum().item()\n        choices, finite = torch.stack("),
-    ("a mask of another dtype", ATTENTION, "torch.zeros_like(unseen, dtype=like.dtype)",
-     "torch.zeros_like(unseen, dtype=torch.float32)"),
+    ("a mask of another dtype", ATTENTION, "torch.tensor([0, -math.inf], dtype=dtype)",
+     "torch.tensor([0, -math.inf])"),
 ]
 
 

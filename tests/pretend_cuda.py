@@ -1,7 +1,7 @@
 """A pretended GPU: CPU tensors that say they lie on cuda:0, held to the rules of a real one.
 
     with pretend_cuda() as gpu:      # torch.cuda is there, --device cuda works, graphs record
-        ...                          # gpu.syncs, gpu.pageable, gpu.attentions say what was done
+        ...                          # gpu.launches, gpu.syncs, … say what was done
 
 Every aten call is seen by a dispatch mode, runs on the CPU, and must obey:
 
@@ -14,7 +14,8 @@ Every aten call is seen by a dispatch mode, runs on the CPU, and must obey:
 - **A replay repeats a tape of aten calls.** All else is frozen, Python numbers too. Before it, all
   memory that was made during any capture is garbage, since recordings share memory. Other memory is
   known by address: it has to be kept by somebody else.
-- **Attention with a mask** has the shapes that the memory-efficient kernel takes.
+- **Attention with a mask** has the shapes that the memory-efficient kernel takes, and its result
+  lies in memory as that kernel leaves it.
 
 What only a real GPU can show is left out: its kernels' rounding and speed, races of streams, sizes
 of memory, autocast, fused optimizers. Follows PyTorch's notes "CUDA semantics: CUDA Graphs".
@@ -104,7 +105,9 @@ class PretendCuda(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.syncs, self.pageable = [], []  # the names of the calls
+        # The names of calls: all that start a kernel, but for those of recordings; that wait; that
+        # may wait.
+        self.launches, self.syncs, self.pageable = [], [], []
         self.attentions = 0                 # with a mask, that is of decode steps and prefill
         self.replays = 0
         self.stream = self.default_stream = Stream()
@@ -121,6 +124,7 @@ class PretendCuda(TorchDispatchMode):
             refuse_unfit(*elems((*args[:3], mask_of(args, kwargs))),
                          kwargs.get("enable_gqa", False))
             self.attentions += 1
+            func = efficient_attention
         elif is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -151,6 +155,7 @@ class PretendCuda(TorchDispatchMode):
         if self.capture is None:
             self.stream.has_run.add(func)
             made = func(*elems(args), **elems(kwargs))
+            self.launches += started(func, args, kwargs, made)
         else:
             if func not in self.stream.has_run:
                 raise CaptureBroken(f"{func} has not run on this stream before the capture")
@@ -205,6 +210,29 @@ class PretendCuda(TorchDispatchMode):
                 for tensor, new in zip(leaves(made), leaves(again)):
                     if isinstance(tensor, torch.Tensor):
                         tensor.copy_(new)
+
+
+def efficient_attention(*args, **kwargs):
+    """With a result as the memory-efficient kernel leaves it: positions before heads."""
+    y = ATTENTION(*args, **kwargs).transpose(1, 2)
+    return y.contiguous().transpose(1, 2)
+
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+efficient_attention._schema, efficient_attention.__name__ = ATTENTION._schema, "attention"
+
+
+def made_new(args, kwargs, made):
+    """What a call has made that is no view of what it was given."""
+    before = {address(t) for t in leaves(elems((args, kwargs))) if isinstance(t, torch.Tensor)}
+    return [t for t in leaves(made) if isinstance(t, torch.Tensor) and address(t) not in before]
+
+
+def started(func, args, kwargs, made):
+    """The names of the kernels that a call starts."""
+    copies = ["copy"] if func.__name__ == "roll.default" and not args[0].is_contiguous() else []
+    starts = func._schema.is_mutable or made_new(args, kwargs, made)
+    return copies + [func.__name__.split(".")[0]] if starts else []
 
 
 @cache
@@ -276,18 +304,17 @@ class Graph:
 
     def reset(self):
         self.tape, self.own = [], {}  # own: what was made during the capture, by address
+        self.launches = []            # the names of the kernels that a replay starts
 
     def replay(self):
         self.gpu.replay(self.tape)
 
     def put_on_tape(self, func, args, kwargs):
         """What the call returns: of the right shapes. Nothing that was there before is changed."""
-        used = [t.elem for t in leaves((args, kwargs)) if isinstance(t, CudaTensor)]
         changes = func._schema.is_mutable
         made = elems(kwargs.get("out", args[0])) if changes else func(*elems(args), **elems(kwargs))
-        before = {address(t) for t in used}
-        new = [t for t in leaves(made) if isinstance(t, torch.Tensor)
-               and address(t) not in before]
+        new = made_new(args, kwargs, made)
+        self.launches += started(func, args, kwargs, made)
         if changes or new:  # else it is a view
             by_address = mapped((args, kwargs), CudaTensor, self.known)
             self.tape.append((func, *by_address, None if changes else made))

@@ -71,7 +71,7 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
     """
     width, candidates = WIDTHS[kind]
     config = replace(TINY, num_hidden_layers=2, num_key_value_heads=4 // group)
-    model = random_model(config, 3, dtype, "cuda")
+    model = random_model(config, 3, dtype, "cuda", packed_for=width)
     graphed, grown = GraphedLlama(model, (width,)), []
     children = TreeDrafter.children
     monkeypatch.setattr(TreeDrafter, "children",
@@ -89,6 +89,27 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
         assert any(drafts) and len(drafts) < n  # some are accepted
         assert decode(graphed, "none", prompt, n, **options)[0] == eager[0]
     assert gpu.replays > 30 and (gpu.attentions or width > 8)
+
+
+@pytest.mark.parametrize("heads, launches", [((4, 4), 13), ((6, 2), 14), ((3, 1), 13)],
+                         ids=["one head a group", "groups", "one group"])
+def test_launches_of_a_layer(gpu, heads, launches):
+    """What a step of a small model costs is their number, which may only fall. A norm counts as one,
+    which it is in a PyTorch that has a kernel for it."""
+    config = replace(TINY, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    model = random_model(config, 0, BF16, "cuda", packed_for=8)
+
+    def count(run, *args):
+        gpu.launches.clear()
+        run(*args)
+        return len(gpu.launches)
+
+    with torch.inference_mode():
+        norm = count(model.norm, torch.zeros(1, 8, 32, dtype=BF16, device=CUDA))
+        for width in (1, 8):
+            cache = model.new_cache(64, width)
+            one, three = (count(model.step, [5], 3, cache, 0, n) for n in (1, 3))
+            assert (three - one) / 2 <= launches - 2 + 2 * norm
 
 
 @pytest.fixture(scope="module")
