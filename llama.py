@@ -93,10 +93,7 @@ class KVCache:
         return -(-end // block) * block
 
     def view(self, end):
-        """The blocks that cover positions 0 … end − 1, sharing memory.
-
-        Attention costs what is in view, not what there is room for.
-        """
+        """The blocks that cover positions 0 … end − 1, in the same memory: what attention costs."""
         return KVCache(self.rows, self.in_view(end, self.rows.device), self.width, self.layers)
 
     def room(self, start):
@@ -204,6 +201,19 @@ def inverse_frequencies(config, device):
     return inv_freq.to(device)
 
 
+def angles(config, positions, dtype):
+    """RoPE's cos and sin at positions (T,), the first half of sin negated: (2, T, 1, head_dim)."""
+    angle = positions[:, None].float() * inverse_frequencies(config, positions.device)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(dtype)
+
+
+@lru_cache(maxsize=None)  # noqa: UP033 — as above
+def angles_up_to(config, length, dtype, device):
+    """The angles of positions 0 … length − 1, among which a step looks up its own."""
+    return angles(config, torch.arange(length, device=device), dtype)
+
+
 class Rows(NamedTuple):
     """What all layers of a pass share about its T rows."""
     slots: torch.Tensor    # (T,) where keys and values are written
@@ -215,11 +225,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def at(cls, config, positions, x, cache):
-        angle = positions[:, None].float() * inverse_frequencies(config, positions.device)
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         if cache is None:
-            return cls(positions, cos, sin, None, None, 0)
+            return cls(positions, *angles(config, positions, x.dtype), None, None, 0)
+        room = 1 << (cache.rows.shape[3] - 1).bit_length()  # a power of two: few tables are made
+        cos, sin = angles_up_to(config, room, x.dtype, x.device).index_select(1, positions)
         slots, columns = positions if cache.slots is None else cache.slots, cache.columns
         group = config.num_attention_heads // config.num_key_value_heads
         mask = make_mask(positions, cache.length, x, group, in_order=columns is not None)

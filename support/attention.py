@@ -32,8 +32,8 @@ CHUNK, LONG = 256, 1024  # keys of a chunk; views from 1,024 positions on go by 
 @lru_cache(maxsize=None)  # noqa: UP033 — kept for ever: a CUDA graph may hold its address
 def constants(length, dtype, device):
     """The numbers 0 … length − 1, a zero and a −inf, on the device."""
-    return (torch.arange(length, device=device),
-            *torch.tensor([0, -math.inf], dtype=dtype).to(device).unbind())
+    zero, infinity = (torch.full((), x, dtype=dtype, device=device) for x in (0, -math.inf))
+    return torch.arange(length, device=device), zero, infinity
 
 
 def make_mask(positions, length, like, group, in_order):

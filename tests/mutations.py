@@ -78,9 +78,8 @@ TREE_MUTATIONS = [
     ("the mask includes a sibling", "llama.py", "mask = make_mask(positions, cache.length,",
      "mask = make_mask(positions + (cache.slots is not None), cache.length,"),
     ("RoPE's position is the slot, not the depth", "llama.py",
-     "angle = positions[:, None].float()",
-     "slots = positions if cache is None or cache.slots is None else cache.slots\n"
-     "        angle = slots[:, None].float()"),
+     ".index_select(1, positions)",
+     ".index_select(1, positions if cache.slots is None else cache.slots)"),
     ("values are summed in the order of slots", ATTENTION,
      "    (_, T, H, D), (_, S, K, _) = q.shape, k.shape\n",
      "    (_, T, H, D), (_, S, K, _) = q.shape, k.shape\n"
@@ -239,8 +238,8 @@ CUDA_MUTATIONS = [
      "            static.copy_(tensor, non_blocking=True)\n", "            pass\n"),
     ("a second sync a round", "kangaroo.py", "        choices, finite = torch.stack(",
      "        logits.sum().item()\n        choices, finite = torch.stack("),
-    ("a mask of another dtype", ATTENTION, "torch.tensor([0, -math.inf], dtype=dtype)",
-     "torch.tensor([0, -math.inf])"),
+    ("a mask of another dtype", ATTENTION, "torch.full((), x, dtype=dtype, device=device)",
+     "torch.full((), x, device=device)"),
 ]
 
 

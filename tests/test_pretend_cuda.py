@@ -94,8 +94,8 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
 @pytest.mark.parametrize("heads, launches", [((4, 4), 13), ((6, 2), 14), ((3, 1), 13)],
                          ids=["one head a group", "groups", "one group"])
 def test_launches_of_a_layer(gpu, heads, launches):
-    """What a step of a small model costs is their number, which may only fall. A norm counts as one,
-    which it is in a PyTorch that has a kernel for it."""
+    """What a step of a small model costs is their number, which may only fall. A norm counts as
+    one, which it is in a PyTorch that has a kernel for it."""
     config = replace(TINY, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     model = random_model(config, 0, BF16, "cuda", packed_for=8)
 
