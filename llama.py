@@ -349,10 +349,8 @@ class Llama(nn.Module):
         return self.embed_tokens(ids)[None]
 
     def run_layers(self, x, positions, cache, first, last):
-        """Layers first … last − 1 on x (B, T, hidden_size) at positions (T,).
-
-        Without a cache the rows see one another only.
-        """
+        """Layers first … last − 1 on x (B, T, hidden_size) at positions (T,). Without a cache the
+        rows see one another only."""
         rows = Rows.at(self.config, positions, x, cache)
         x = x.clone()  # on a GPU the layers add to it in place: support/packing.py
         for i in range(first, last):
@@ -413,14 +411,14 @@ class Sampler:
         return gumbel_noise(self.seed, position, vocab_size, device)
 
     def scores(self, logits):
-        """logits (V,) -> float32 (V,): log p + a constant, −inf for what is excluded.
+        """logits (…, V) -> float32 (…, V): log p + a constant, −inf for what is excluded.
 
         top_k keeps exactly k tokens; top_p the fewest likeliest ones whose total reaches it, at
         least one.
         """
-        scores = logits.float() / self.temperature
-        if 0 < self.top_k < len(scores):
-            least = scores.topk(self.top_k).values[-1]
+        scores, V = logits.float() / self.temperature, logits.shape[-1]
+        if 0 < self.top_k < V:
+            least = scores.topk(self.top_k).values[..., -1:]
             scores = scores.masked_fill(~largest(scores, least, self.top_k), -math.inf)
         if self.top_p < 1:
             probs = scores.softmax(-1)
@@ -429,9 +427,9 @@ class Sampler:
             mass, limit = ascending, 1 - self.top_p
             if probs.is_cuda:  # it adds up in any order, on which sums of integers do not depend
                 mass, limit = (ascending.double() * 2 ** 52).long(), int(limit * 2 ** 52)
-            cut = (mass.cumsum(-1) <= limit).sum().clamp(max=len(probs) - 1)
-            least = ascending.gather(0, cut[None])
-            scores = scores.masked_fill(~largest(probs, least, len(probs) - cut), -math.inf)
+            cut = (mass.cumsum(-1) <= limit).sum(-1, keepdim=True).clamp(max=V - 1)
+            least = ascending.gather(-1, cut)
+            scores = scores.masked_fill(~largest(probs, least, V - cut), -math.inf)
         return scores
 
     def perturbed(self, logits, position, depth=None):
@@ -461,7 +459,8 @@ class Sampler:
         The ids are those that come nearest to being chosen, the chosen one first, or −1 for what
         top-k and top-p exclude. The numbers are the k highest probabilities at this temperature.
         """
-        probabilities = (logits.float() / (self.temperature or 1)).softmax(-1)
+        scaled = logits.float() / self.temperature if self.temperature else logits
+        probabilities = scaled.softmax(-1, dtype=torch.float32)
         if k == 1:
             tokens = self.choose(logits, position, depth)[:, None]
             sure = probabilities.max(-1, keepdim=True).values
@@ -479,10 +478,10 @@ class Sampler:
 
 
 def largest(values, least, n):
-    """Which of values (V,) are the n largest, the least of which is given; of equals the first."""
+    """Which of values (…, V) are the n largest, the least of them given; of equals the first."""
     equal = values == least
     more = values > least
-    return more | equal & (equal.cumsum(-1) <= n - more.sum())
+    return more | equal & (equal.cumsum(-1) <= n - more.sum(-1, keepdim=True))
 
 
 # --------------------------------------------------------------------------------------------------

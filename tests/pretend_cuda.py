@@ -8,7 +8,8 @@ Every aten call is seen by a dispatch mode, runs on the CPU, and must obey:
 - **Devices do not meet.** No call takes tensors of both, but for copies, scalars in pointwise
   operations, and an index, which is copied.
 - **Waiting is counted.** A copy to the host, `.item()`, a boolean index and the like make the host
-  wait (`syncs`), copies from memory that is not pinned may do so (`pageable`).
+  wait (`syncs`), copies from memory that is not pinned may do so (`pageable`). A copy to the host
+  that does not wait is garbage until an event behind it has been waited for.
 - **A capture captures.** Neither of these in it, nothing on the host, nothing that its stream has
   not run before, when libraries set themselves up. Writes to what was there before do not happen.
 - **A replay repeats a tape of aten calls.** All else is frozen, Python numbers too. Before it, all
@@ -110,6 +111,7 @@ class PretendCuda(TorchDispatchMode):
         self.launches, self.syncs, self.pageable = [], [], []
         self.attentions = 0                 # with a mask, that is of decode steps and prefill
         self.replays = 0
+        self.on_the_way = []                # copies to the host, until it waits for an Event
         self.stream = self.default_stream = Stream()
         self.capture = None                 # the Graph that is being recorded
         self.graphs = weakref.WeakSet()     # all that are alive
@@ -156,6 +158,9 @@ class PretendCuda(TorchDispatchMode):
             self.stream.has_run.add(func)
             made = func(*elems(args), **elems(kwargs))
             self.launches += started(func, args, kwargs, made)
+            if not wrap and kwargs.get("non_blocking"):
+                self.on_the_way.append((made, made.clone()))
+                made.fill_(77)
         else:
             if func not in self.stream.has_run:
                 raise CaptureBroken(f"{func} has not run on this stream before the capture")
@@ -179,7 +184,7 @@ class PretendCuda(TorchDispatchMode):
 
     def copied(self, name, source, target, non_blocking):
         """Account for a copy; `target`: whether it goes to the GPU."""
-        if isinstance(source, CudaTensor) and not target:
+        if isinstance(source, CudaTensor) and not target and not non_blocking:
             self.waits(f"{name} to the host")
         if target and not isinstance(source, CudaTensor):
             if self.capture is not None:
@@ -280,6 +285,21 @@ class Stream:
         torch.cuda.synchronize()
 
 
+class Event:
+    """A torch.cuda.Event: behind the copies to the host that were started before it."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.copies, self.gpu.on_the_way = self.gpu.on_the_way, []
+
+    def synchronize(self):
+        self.gpu.waits("synchronize")
+        for made, copy in self.copies:
+            made.copy_(copy)
+
+
 class Address:
     """Memory that a graph uses and does not own: it knows where it lies, and does not keep it."""
 
@@ -367,6 +387,7 @@ def pretend_cuda():
         is_bf16_supported=lambda *_: True, get_device_capability=lambda *_: (9, 0),
         get_device_name=lambda *_: "a pretended GPU", empty_cache=nothing,
         synchronize=lambda *_: gpu.waits("synchronize"), Stream=Stream, stream=on_stream,
+        Event=lambda: Event(gpu),
         current_stream=lambda *_: gpu.stream, graph_pool_handle=object, graph=capturing,
         CUDAGraph=lambda *_, **__: Graph(gpu),
         is_current_stream_capturing=lambda: gpu.capture is not None)
