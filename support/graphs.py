@@ -86,7 +86,8 @@ def fuse_pointwise(*models, backend="inductor"):
     choose kernels by the length of the view, and take minutes.
     """
     def compiled(function):
-        return torch.compile(function, dynamic=True, backend=backend)
+        # fullgraph: what cannot be compiled is an error, not slow in silence.
+        return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
     rotate, multiply, norm = map(compiled, (rotate_and_write, silu_and_multiply, F.rms_norm))
     for model in models:

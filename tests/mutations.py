@@ -61,7 +61,7 @@ MUTATIONS = [  # what is wrong, file, line as it is, line as it becomes
     ("noise that can be infinite", "llama.py", ".clamp_(min=2 ** -54)", ".float()"),
     ("top-k keeps all equals", "llama.py", "~largest(scores, least, self.top_k)",
      "scores < least"),
-    ("top-p keeps all equals", "llama.py", "~largest(probs, least, len(probs) - cut)",
+    ("top-p keeps all equals", "llama.py", "~largest(probs, least, V - cut)",
      "probs < least"),
     ("a drafter observes rejected rows as accepted", "kangaroo.py",
      "drafter.observe(h[:, :len(choices)], choices, path)",

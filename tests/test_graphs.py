@@ -269,7 +269,7 @@ def test_calls_outside_of_recordings():
         with torch.inference_mode(), Calls() as found:
             model.step(torch.ones(1, 8, 32), 3, model.new_cache(64, 8), 0, layers)
         counts.append(found.count)
-    assert counts[1] - counts[0] <= 2 * 12
+    assert counts[1] - counts[0] <= 2 * 16
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.9, seed=3)],
