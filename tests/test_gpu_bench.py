@@ -4,6 +4,8 @@ Its figures mean nothing here.
 """
 import json
 import shutil
+from contextlib import nullcontext
+from itertools import islice
 
 from bench import gpu
 from kangaroo import NoDrafter, generate
@@ -37,32 +39,50 @@ def run(flags, *more):
 def test_all_parts_one_after_another(flags, monkeypatch, capsys):
     """Each part is done once; one that was broken off is done by the next run, which has the rest
     already; then the page has figures where it said "not run"."""
-    done, broken = [], "shape-1B"
+    done, broken, context = [], "shape-1B", gpu.Bench.context
     monkeypatch.setattr(gpu, "DEFAULT_MODEL", flags["--model"])
 
     def here(part, argv, minutes):
         done.append(part)
         assert "--everything" in argv and minutes == gpu.MINUTES
-        if part != broken or done.count(part) > 1:
-            run(flags, "--parts", part)
+        breaks = part == broken and done.count(part) == 1
+        with monkeypatch.context() as patched:
+            if breaks:
+                patched.setattr(gpu.Bench, "context", half)
+            with pytest.raises(TimeoutError) if breaks else nullcontext():
+                run(flags, "--parts", part)
+
+    def half(self, row, *more):
+        """Of the second length of the context a row without speedups."""
+        yield from context(self, row, *more) if row["context"] == 16 else islice(
+            context(self, row, *more), 1)
+        if row["context"] > 16:
+            raise TimeoutError
 
     monkeypatch.setattr(gpu, "measure_apart", here)
     assert run(flags, "--everything") == 1 and done == list(gpu.PARTS)
     held = json.loads(flags["--out"].read_text())["parts"]
-    assert set(held) == set(gpu.PARTS) - {broken}
+    cut, rows = held.pop(broken), held["shape-13B"]["contexts"]
+    assert set(held) == set(gpu.PARTS) - {broken} and cut["partial"]
+    assert [row.keys() for row in cut["contexts"]] == [rows[0].keys(), rows[0].keys() - {
+        "draft", "cost", "verification", "speedups", "identical"}]
+    assert "| 1B | 40 |" in flags["--page"].read_text(encoding="utf-8")
     run(flags, "--everything")
     assert done == [*gpu.PARTS, broken]
     parts = json.loads(flags["--out"].read_text())["parts"]
     assert {name: parts[name] for name in held} == held  # untouched
+    assert parts[broken]["contexts"][0] == cut["contexts"][0] and not any(
+        "partial" in part for part in parts.values())
+    assert len(parts["choices-7B"]["choices"]) == len(gpu.CHOICES)
     assert parts["tests"]["passed"] == 1 and parts["tests"]["exit_status"] == 0
     assert all(c["identical"] for part in parts.values() for c in part.get("contexts", []))
     for part in ("equal-bfloat16", "equal-float16", "equal-float32", "answers"):
-        for found in parts[part].values():
+        for found in parts[part]["asked"].values():
             assert found["identical"] == found["answers"] == 2
             assert found["identical_without_graphs"] == found["without_graphs"] == 1
     assert parts["train"]["updates"] == 2
     page = flags["--page"].read_text(encoding="utf-8")
-    assert page.count("not run") == 1 and "24 of 24, reached" in page  # memory, on a CPU
+    assert "Not run: memory beside" in page and "24 of 24, reached" in page  # none on a CPU
     assert "| 7B | 16 |" in page and "| bfloat16, tree, sampled | 2 of 2 | 1 of 1 |" in page
     assert page.startswith(gpu.PAGE.read_text(encoding="utf-8").split(gpu.BEGIN)[0])
 
