@@ -7,7 +7,7 @@ import shutil
 from contextlib import nullcontext
 from itertools import islice
 
-from bench import gpu
+from bench import gpu, kernels
 from kangaroo import NoDrafter, generate
 from support.errors import UserError
 
@@ -91,6 +91,15 @@ def test_a_part_in_a_process_of_its_own(flags, tmp_path):
     gpu.measure_apart("tests", [
         "--tiny", "--everything", "--device", "cpu", "--out", str(tmp_path / "gpu.json")], 9)
     assert json.loads((tmp_path / "gpu.json").read_text())["parts"]["tests"]["passed"] == 1
+
+
+def test_kernels(tmp_path, capsys):
+    """All are measured, but for one that a CPU does not have, and a layer's are listed."""
+    assert kernels.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "k.json")]) is None
+    found = json.loads((tmp_path / "k.json").read_text())
+    missing = [line for line in capsys.readouterr().out.splitlines() if "Error: " in line]
+    assert all("flash" in line for line in missing) and len(found["rows"]) == 91
+    assert all(row["us"] > 0 for row in found["rows"]) and len(found["layer of GQA"]) > 10
 
 
 def test_the_page_is_of_the_results_file():
