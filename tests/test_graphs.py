@@ -635,7 +635,8 @@ def test_cuda_graphs_on_is_graphs_off(dtype, sampler, width, candidates, group):
 @gpu
 @pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
 def test_cuda_host_syncs(width, candidates):
-    """PyTorch's own count: one a round and one a draft step, nothing hidden."""
+    """PyTorch's own count: one a round, and of a tree one a draft step, nothing hidden. A chain's
+    draft steps wait for events, which it does not count."""
     model = random_model(TINY, 0, torch.float32, "cuda")
     graphed, steps = GraphedLlama(model, (width,)), []
     options = dict(adapter=random_adapter(model), threshold=0.0, sampler=Sampler(0.7, 5, 0.9),
@@ -654,7 +655,8 @@ def test_cuda_host_syncs(width, candidates):
                                    width=width))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(w.message) for w in caught) == len(rounds) + len(steps)
+    waits = len(rounds) + (len(steps) if candidates > 1 else 0)
+    assert sum("synchroniz" in str(w.message) for w in caught) == waits and steps
 
 
 @gpu
