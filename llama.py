@@ -93,10 +93,7 @@ class KVCache:
         return -(-end // block) * block
 
     def view(self, end):
-        """The blocks that cover positions 0 … end − 1, sharing memory.
-
-        Attention costs what is in view, not what there is room for.
-        """
+        """The blocks that cover positions 0 … end − 1, in the same memory: what attention costs."""
         return KVCache(self.rows, self.in_view(end, self.rows.device), self.width, self.layers)
 
     def room(self, start):
@@ -204,6 +201,19 @@ def inverse_frequencies(config, device):
     return inv_freq.to(device)
 
 
+def angles(config, positions, dtype):
+    """RoPE's cos and sin at positions (T,), the first half of sin negated: (2, T, 1, head_dim)."""
+    angle = positions[:, None].float() * inverse_frequencies(config, positions.device)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(dtype)
+
+
+@lru_cache(maxsize=None)  # noqa: UP033 — as above
+def angles_up_to(config, length, dtype, device):
+    """The angles of positions 0 … length − 1, among which a step looks up its own."""
+    return angles(config, torch.arange(length, device=device), dtype)
+
+
 class Rows(NamedTuple):
     """What all layers of a pass share about its T rows."""
     slots: torch.Tensor    # (T,) where keys and values are written
@@ -215,11 +225,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def at(cls, config, positions, x, cache):
-        angle = positions[:, None].float() * inverse_frequencies(config, positions.device)
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
         if cache is None:
-            return cls(positions, cos, sin, None, None, 0)
+            return cls(positions, *angles(config, positions, x.dtype), None, None, 0)
+        room = 1 << (cache.rows.shape[3] - 1).bit_length()  # a power of two: few tables are made
+        cos, sin = angles_up_to(config, room, x.dtype, x.device).index_select(1, positions)
         slots, columns = positions if cache.slots is None else cache.slots, cache.columns
         group = config.num_attention_heads // config.num_key_value_heads
         mask = make_mask(positions, cache.length, x, group, in_order=columns is not None)
@@ -270,6 +279,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(q, o_proj=config.hidden_size)
 
     def forward(self, x, rows, cache=None, layer=0):
+        return self.o_proj(self.mix(x, rows, cache, layer))
+
+    def mix(self, x, rows, cache, layer):
+        """The heads' outputs side by side (B, T, heads · head_dim)."""
         qkv = self.qkv_proj(x).unflatten(2, (-1, self.head_dim))  # (B, T, H + 2 K, D)
         if cache is None:
             q, k, v = rotate_all(qkv, self.heads, rows.cos, rows.sin)
@@ -277,8 +290,7 @@ class Attention(nn.Module):
             both = cache.layers[layer]
             q = self.rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, both)
             k, v = both[:, :, :cache.length]  # (1, S, K, D)
-        y = attend(q, k, v, rows.mask, rows.columns, rows.shared)
-        return self.o_proj(y.flatten(2))
+        return attend(q, k, v, rows.mask, rows.columns, rows.shared).flatten(2)
 
 
 class MLP(nn.Module):
@@ -337,11 +349,10 @@ class Llama(nn.Module):
         return self.embed_tokens(ids)[None]
 
     def run_layers(self, x, positions, cache, first, last):
-        """Layers first … last − 1 on x (B, T, hidden_size) at positions (T,).
-
-        Without a cache the rows see one another only.
-        """
+        """Layers first … last − 1 on x (B, T, hidden_size) at positions (T,). Without a cache the
+        rows see one another only."""
         rows = Rows.at(self.config, positions, x, cache)
+        x = x.clone()  # on a GPU the layers add to it in place: support/packing.py
         for i in range(first, last):
             x = self.layers[i](x, rows, cache, i)
         return x
@@ -400,14 +411,14 @@ class Sampler:
         return gumbel_noise(self.seed, position, vocab_size, device)
 
     def scores(self, logits):
-        """logits (V,) -> float32 (V,): log p + a constant, −inf for what is excluded.
+        """logits (…, V) -> float32 (…, V): log p + a constant, −inf for what is excluded.
 
         top_k keeps exactly k tokens; top_p the fewest likeliest ones whose total reaches it, at
         least one.
         """
-        scores = logits.float() / self.temperature
-        if 0 < self.top_k < len(scores):
-            least = scores.topk(self.top_k).values[-1]
+        scores, V = logits.float() / self.temperature, logits.shape[-1]
+        if 0 < self.top_k < V:
+            least = scores.topk(self.top_k).values[..., -1:]
             scores = scores.masked_fill(~largest(scores, least, self.top_k), -math.inf)
         if self.top_p < 1:
             probs = scores.softmax(-1)
@@ -416,9 +427,9 @@ class Sampler:
             mass, limit = ascending, 1 - self.top_p
             if probs.is_cuda:  # it adds up in any order, on which sums of integers do not depend
                 mass, limit = (ascending.double() * 2 ** 52).long(), int(limit * 2 ** 52)
-            cut = (mass.cumsum(-1) <= limit).sum().clamp(max=len(probs) - 1)
-            least = ascending.gather(0, cut[None])
-            scores = scores.masked_fill(~largest(probs, least, len(probs) - cut), -math.inf)
+            cut = (mass.cumsum(-1) <= limit).sum(-1, keepdim=True).clamp(max=V - 1)
+            least = ascending.gather(-1, cut)
+            scores = scores.masked_fill(~largest(probs, least, V - cut), -math.inf)
         return scores
 
     def perturbed(self, logits, position, depth=None):
@@ -448,7 +459,8 @@ class Sampler:
         The ids are those that come nearest to being chosen, the chosen one first, or −1 for what
         top-k and top-p exclude. The numbers are the k highest probabilities at this temperature.
         """
-        probabilities = (logits.float() / (self.temperature or 1)).softmax(-1)
+        scaled = logits.float() / self.temperature if self.temperature else logits
+        probabilities = scaled.softmax(-1, dtype=torch.float32)
         if k == 1:
             tokens = self.choose(logits, position, depth)[:, None]
             sure = probabilities.max(-1, keepdim=True).values
@@ -466,10 +478,10 @@ class Sampler:
 
 
 def largest(values, least, n):
-    """Which of values (V,) are the n largest, the least of which is given; of equals the first."""
+    """Which of values (…, V) are the n largest, the least of them given; of equals the first."""
     equal = values == least
     more = values > least
-    return more | equal & (equal.cumsum(-1) <= n - more.sum())
+    return more | equal & (equal.cumsum(-1) <= n - more.sum(-1, keepdim=True))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,22 +5,25 @@
     python bench/gpu.py --parts shape-7B --out gpu.json        # one of the parts alone
     python bench/gpu.py --tiny --device cpu …                  # toy sizes, to test this file
 
-The parts, the most valuable first (`PARTS`), each a process of its own of at most 9 minutes, whose
-result is written when it is done; the same command goes on with those that are not:
+The parts, the most valuable first (`PARTS`), each a process of its own of at most 9 minutes. Each
+row of a result is written when it is measured, the most valuable first; the same command goes on
+with what is missing:
 
-tests     the property tests on CUDA, by pytest
-equal-*   a dtype: 40 questions of --questions, 256 tokens each, chain and tree, greedy and sampled:
-          are the answers vanilla's, and those without graphs?
 shape-*   Llama shapes with random weights, no download: vanilla at width 1 and at the one shape,
           a draft step, a verification, speedups under controlled acceptance, memory
-stories, model   these for the shipped model, and for --model
+choices-* these steps with other settings: does what is fast by guess pay?
+equal-*   a dtype: 40 questions of --questions, 256 tokens each, chain and tree, greedy and sampled:
+          are the answers vanilla's, and those without graphs?
+tests     the property tests on CUDA, by pytest
+stories, model   what shapes have, for the shipped model, and for --model
 train     an adapter for --model from all of --data; what is left after 9 minutes, the next run does
 answers   the questions with that adapter
 
 Controlled acceptance: real Kangaroo rounds, whose drafter does all of its work, but then proposes
 the known continuation, with probability α after each token that was right; α is that of a
 compression rate 1 + α + α² + … + α^γ as the paper reports. Two speedups: of drafts that end with
-their first wrong token, as a perfect second early exit would, and of drafts of γ tokens. Prefill
+their first wrong token, as a perfect second early exit would, and, at the last rate, of drafts of γ
+tokens. Prefill
 and recording are not timed; the vanilla beside it is the faster of width 1 and the one shape.
 """
 import copy
@@ -36,6 +39,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,16 +56,19 @@ from bench.common import (
     synchronize,
     weights_of,
 )
-from drafters.adapters import describe
+from drafters.adapters import ADAPTERS, describe
 from drafters.chain import ChainDrafter
-from kangaroo import STEPS, WIDTH, Adapter, generate
+from kangaroo import STEPS, WIDTH, generate
 from llama import Llama, LlamaConfig, Sampler
+from support import attention
 from support.checkpoint import build
 from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_and_dtype
+from support.device import pinned
+from support.errors import UserError
 from support.files import write_atomically
 from support.graphs import CudaRecorder, GraphedChain, direct_recorder, fuse_pointwise
 from support.limits import TREE_WIDTH
-from support.packing import use_fast_norms
+from support.packing import pack, use_fast_norms
 from support.program import refuse_below_one, run_program
 from support.self_check import rows_are_alike
 from support.terminal import say
@@ -69,20 +76,23 @@ from support.terminal import say
 import torch
 
 
-def config_of(hidden, inner, layers, heads, kv_heads, head_dim, vocab_size=32000, context=8192):
+def config_of(hidden, inner, layers, heads, kv_heads, head_dim, vocab_size=32000, context=8192,
+              tied=False):
     return LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        vocab_size=vocab_size, max_position_embeddings=context)
+        vocab_size=vocab_size, max_position_embeddings=context, tie_word_embeddings=tied)
 
 
-SHAPES = {  # name: (config, exit layer)
-    "1B": (config_of(2048, 5632, 22, 32, 4, 64), 2),
-    "7B": (config_of(4096, 11008, 32, 32, 32, 128), 2),
-    "13B": (config_of(5120, 13824, 40, 40, 40, 128), 3)}
-TINY_SHAPE = config_of(64, 96, 4, 4, 2, 16, 300, 512), 2
+SHAPES = {  # name: (config, exit layer, the adapter's architecture)
+    "135M": (config_of(576, 1536, 30, 9, 3, 64, 49152, tied=True), 2, "layer"),  # SmolLM2's
+    "1B": (config_of(2048, 5632, 22, 32, 4, 64), 2, "attention"),
+    "7B": (config_of(4096, 11008, 32, 32, 32, 128), 2, "attention"),
+    "13B": (config_of(5120, 13824, 40, 40, 40, 128), 3, "attention")}
+TINY_SHAPE = config_of(64, 96, 4, 4, 2, 16, 300, 512), 2, "layer"
 # The paper's compression rates for a 7B: translation, questions, retrieval, MT-Bench.
 RATES = 1.41, 1.87, 2.05, 2.22
+SMALL_RATES = 1.38, 1.78, 1.64  # SmolLM2's, measured: translation, MT-Bench, all
 SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, 0, 0.95, 1)}
 MINUTES, PAGE = 9, ROOT / "docs" / "performance.md"
 
@@ -109,10 +119,13 @@ def random_module(cls, config, device, dtype):
     return use_fast_norms(module).eval()
 
 
-def random_decoder(name, config, exit_layer, device, dtype, compile=False):
+def random_decoder(name, config, exit_layer, architecture, device, dtype, compile=False):
     """A Decoder without text, for a shape alone."""
     model = random_module(Llama, config, device, dtype)
-    adapter = random_module(Adapter, replace(config, num_hidden_layers=1), device, dtype)
+    adapter = random_module(ADAPTERS[architecture], replace(config, num_hidden_layers=1), device,
+                            dtype)
+    if device.type == "cuda":  # a CPU's weights would be copied
+        pack(model, WIDTH), pack(adapter, WIDTH)
     if compile:
         fuse_pointwise(model, adapter)
     decoder = Decoder(Path(name), model, None, "none", None)
@@ -149,14 +162,13 @@ class Controlled:
         return super().draft(ids, n_max, cache)
 
     def propose(self, token, position, cache):
-        super().propose(token, position, cache)
-        drafted = position + 1 - self.first
+        drafted, known = position + 1 - self.first, self.text[position + 1]
         if drafted == 0:  # spread more evenly than random numbers would be
             self.chance = (self.chance + 0.5 * (5 ** 0.5 - 1)) % 1
         right = self.chance < self.alpha ** (drafted + 1)
-        token = self.text[position + 1]
-        token = token if right else (token + 1) % self.model.config.vocab_size
-        return token, 0.0 if self.stops and not right else 1.0
+        self.chosen = known if right else (known + 1) % self.model.config.vocab_size
+        super().propose(token, position, cache)
+        return self.chosen, 0.0 if self.stops and not right else 1.0
 
 
 class ControlledChain(Controlled, ChainDrafter):
@@ -164,7 +176,12 @@ class ControlledChain(Controlled, ChainDrafter):
 
 
 class ControlledGraphedChain(Controlled, GraphedChain):
-    """With graphs."""
+    """With graphs: what runs ahead is not what was drafted, either."""
+
+    def replay_to_exit(self, position, cache):
+        if self.ahead == position:
+            self.model.token.copy_(pinned([self.chosen], self.model.device), non_blocking=True)
+        super().replay_to_exit(position, cache)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,44 +241,41 @@ class Bench:
                                    for seconds in (*drafts.values(), verifications))
         return (many - one) / (STEPS - 1), verification
 
-    def methods(self, shipped, prompt, text, n):
-        """{name: a run of it}; controlled ones are named (rate, whether it stops when wrong)."""
-        vanilla = self.graphed.drafter("none")
-        methods = {"width 1": lambda: self.decode(vanilla, prompt, n, 1),
-                   "one shape": lambda: self.decode(vanilla, prompt, n)}
-        if shipped:
-            methods["no graphs"] = lambda: self.decode(self.plain.drafter("none"), prompt, n)
-        for rate in RATES:
-            for stops in (True, False):
-                methods[rate, stops] = lambda rate=rate, stops=stops: self.decode(
-                    self.controlled(text, rate, stops), prompt, n)
-        return methods
+    def prompt(self, context):
+        source, size = random.Random(context), self.plain.model.config.vocab_size
+        return [source.randrange(size) for _ in range(context)]
 
-    def context(self, shipped, context, n, bandwidth):
-        """The figures of one length of the context, times in milliseconds."""
-        config, source = self.plain.model.config, random.Random(context)
-        prompt = [source.randrange(config.vocab_size) for _ in range(context)]
-        self.graphed.model.room = context + n + 2 * WIDTH
+    def context(self, row, shipped, rates, n, bandwidth):
+        """Adds to `row` the figures of its length of the context, times in milliseconds, the most
+        valuable first; yields when there are new ones."""
+        prompt, same = self.prompt(row["context"]), []
+        self.graphed.model.capacity = len(prompt) + n + 2 * WIDTH
         text = prompt + self.decode(self.graphed.drafter("none"), prompt, n)[1]
-        methods = self.methods(shipped, prompt, text, n)
-        results = {method: [] for method in methods}
-        for repeat in range(1 + self.repeats):
-            for method, run in methods.items():
-                results[method] += [run()][:repeat]  # the first run records
-        seconds = {method: statistics.median(run[0] for run in runs)
-                   for method, runs in results.items()}
+
+        def timed(drafter, width=WIDTH):
+            """(median seconds per token, rate) with drafter(), which is made anew for each run."""
+            runs = [self.decode(drafter(), prompt, n, width) for _ in range(1 + self.repeats)]
+            same.extend(width == 1 or tokens == text[len(prompt):] for _, tokens, _ in runs)
+            return statistics.median(run[0] for run in runs[1:]), runs[0][2]  # the first records
+
+        (one, _), (shape, _) = (timed(lambda: self.graphed.drafter("none"), width)
+                                for width in (1, WIDTH))
+        row |= {"width_1": one * 1e3, "one_shape": shape * 1e3, "ratio": shape / one,
+                "share": self.bytes_read(len(prompt) + n / 2) / bandwidth / one}
+        yield row
         draft, verify = self.parts(prompt, 5 * self.repeats)
-        one, shape = seconds["width 1"], seconds["one shape"]
-        return {
-            "context": context, "width_1": one * 1e3, "one_shape": shape * 1e3,
-            "share": self.bytes_read(context + n / 2) / bandwidth / one, "ratio": shape / one,
-            "draft": draft * 1e3, "cost": draft / shape, "verification": verify * 1e3,
-            "identical": all(tokens == text[context:] for method, runs in results.items()
-                             if method != "width 1" for _, tokens, _ in runs),
-            "speedups": {when: [[results[rate, stops][0][2], min(one, shape) / seconds[rate, stops]]
-                                for rate in RATES]
-                         for when, stops in (("stops", True), ("goes on", False))},
-            "graphs": seconds["no graphs"] / shape if shipped else None}
+        row |= {"draft": draft * 1e3, "cost": draft / shape, "verification": verify * 1e3,
+                "speedups": {"stops": [], "goes on": []}}
+        yield row
+        for rate, stops in [(rate, True) for rate in rates[::-1]] + [(rates[-1], False)]:
+            seconds, found = timed(partial(self.controlled, text, rate, stops))
+            row["speedups"]["stops" if stops else "goes on"].insert(
+                0, [found, min(one, shape) / seconds])
+            yield row
+        if shipped:
+            row["graphs"] = timed(lambda: self.plain.drafter("none"))[0] / shape
+        row["identical"] = all(same)
+        yield row
 
     def bytes_read(self, positions):
         """Of weights and of the cache's rows, for one token behind a context."""
@@ -286,66 +300,111 @@ class Bench:
 
 
 # --------------------------------------------------------------------------------------------------
-# The parts: functions of (arguments, device, dtype) that return what the results file keeps
+# The parts: each takes (what it has found before, arguments, device, dtype), adds to that, and
+# yields what is new; the results file keeps what it has found
 
-def tests(args, device, dtype):
+def tests(found, args, device, dtype):
     """How many property tests passed, were skipped or failed on CUDA, and the names of the last."""
     chosen = ["tests/test_house.py", "-k", "circle"] if args.tiny else ["-k", "cuda", "-n", "8"]
     result = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE",
                              *chosen], cwd=ROOT, capture_output=True, text=True)
     counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", result.stdout)
-    return {"passed": 0} | {name: int(n) for n, name in counts} | {
+    found |= {"passed": 0} | {name: int(n) for n, name in counts} | {
         "red": re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.M),
         "exit_status": result.returncode}
+    yield found
 
 
-def figures(decoder, args, device, shipped):
-    bench, model = Bench(decoder, 1 if args.tiny else 3), decoder.model
+def figures(found, decoder, args, device, shipped, rates=RATES):
+    bench, model = Bench(decoder, 1 if args.tiny else args.repeats), decoder.model
     bandwidth = copy_bandwidth(device, 2 ** 20 if args.tiny else 2 ** 31)
     free_memory(device)
-    contexts, n = ((16, 40), 10) if args.tiny else ((512, 4096), 128)
-    longest = model.config.max_position_embeddings - n
-    return {"layers": len(model.layers), "exit_layer": decoder.adapter.exit_layer,
-            "weights": sum(p.numel() for p in weights_of(model)), "bandwidth": bandwidth,
-            "alike": rows_are_alike(model, WIDTH),
-            "contexts": [bench.context(shipped, context, n, bandwidth)
-                         for context in sorted({min(context, longest) for context in contexts})],
-            "memory": bench.memory()}
+    found |= {"layers": len(model.layers), "exit_layer": decoder.adapter.exit_layer,
+              "weights": sum(p.numel() for p in weights_of(model)), "bandwidth": bandwidth,
+              "alike": rows_are_alike(model, WIDTH)}
+    done = {row["context"]: row for row in found.get("contexts", []) if "identical" in row}
+    contexts, n = ((16, 40), 10) if args.tiny else (args.contexts, 128)
+    longest, found["contexts"] = model.config.max_position_embeddings - n, []
+    for context in sorted({min(context, longest) for context in contexts}):
+        found["contexts"].append(done.get(context, {"context": context}))
+        if context not in done:
+            for row in bench.context(found["contexts"][-1], shipped, rates, n, bandwidth):
+                found["memory"] = bench.memory()
+                yield row
 
 
-def shape(name, args, device, dtype):
-    config, exit_layer = TINY_SHAPE if args.tiny else SHAPES[name]
-    decoder = random_decoder(name, config, exit_layer, device, dtype, args.compile)
-    return figures(decoder, args, device, shipped=False)
+def shape(name, found, args, device, dtype):
+    decoder = random_decoder(name, *(TINY_SHAPE if args.tiny else SHAPES[name]), device, dtype,
+                             args.compile)
+    yield from figures(found, decoder, args, device, False,
+                       SMALL_RATES if name == "135M" else RATES)
 
 
-def stories(args, device, dtype):
+# What else there might be: the settings of support/attention.py, the width, whether it is compiled,
+# which stays so. All are measured in the order of what they decide.
+CHOICES = {"as it is": {}, "chunks from 512 on": {"LONG": 512}, "no chunks": {"LONG": 10 ** 9},
+           "width 16": {"width": TREE_WIDTH}, "compiled": {"compile": True},
+           "compiled, chunks from 512 on": {"compile": True, "LONG": 512}}
+
+
+def choices(name, found, args, device, dtype):
+    """Milliseconds of a step at width 1 and at the one shape, a draft step and a verification."""
+    decoder = random_decoder(name, *(TINY_SHAPE if args.tiny else SHAPES[name]), device, dtype)
+    contexts, n = ((16,), 5) if args.tiny else (args.contexts, 64)
+    done = {(row["choice"], row["context"]) for row in found.setdefault("choices", [])}
+    for choice, settings in CHOICES.items():
+        missing = [context for context in contexts if (choice, context) not in done]
+        if missing and "compile" in settings and not args.tiny:
+            fuse_pointwise(decoder.model, decoder.adapter)
+        with mock.patch.object(attention, "LONG", settings.get("LONG", attention.LONG)):
+            bench, width = Bench(decoder, 1), settings.get("width", WIDTH)
+            bench.graphed.width = width
+            bench.graphed.model.widths = 1, width
+            for context in missing:
+                bench.graphed.model.capacity = max(contexts) + n + 2 * width
+                row, prompt = {"choice": choice, "context": context}, bench.prompt(context)
+                for key, rows in ("width_1", 1), ("one_shape", width):
+                    row[key] = 1e3 * min(bench.decode(bench.graphed.drafter("none"), prompt, n,
+                                                      rows)[0] for _ in range(3))
+                if width == WIDTH:
+                    row["draft"], row["verification"] = (
+                        1e3 * seconds for seconds in bench.parts(prompt, 5))
+                if not settings:
+                    row["no_graphs"] = 1e3 * bench.decode(bench.plain.drafter("none"), prompt, n)[0]
+                found["choices"].append(row)
+                yield row
+        del bench
+        free_memory(device)
+
+
+def stories(found, args, device, dtype):
     decoder = load(DEFAULT_MODEL, device=device, dtype=dtype_name(dtype), graphs=False,
                    width=WIDTH, compile=args.compile)
-    return figures(decoder, args, device, shipped=True)
+    yield from figures(found, decoder, args, device, shipped=True)
 
 
-def model(args, device, dtype):
+def model(found, args, device, dtype):
     decoder = load(args.model, device=device, dtype=dtype_name(dtype), graphs=False,
                    width=WIDTH, compile=args.compile, adapter=args.adapter)
-    return figures(decoder, args, device, shipped=True)
+    yield from figures(found, decoder, args, device, shipped=True)
 
 
-def equal(name, args, device, dtype, adapter=None):
+def equal(name, found, args, device, dtype, adapter=None):
     """Of the answers to --questions, how many are vanilla's, and how many those without graphs."""
-    asked, found = pick(args.questions), {}
+    asked, done = pick(args.questions), found.setdefault("asked", {})
     asked = asked[::max(1, len(asked) // args.answers)][:args.answers]  # spread over the file
     for drafter, width in (("kangaroo", WIDTH), ("tree", TREE_WIDTH)):
         bench = Bench(load(args.model, device=device, dtype=name, width=width, graphs=False,
                            compile=args.compile, adapter=adapter or args.adapter), 1)
         prompts = [ids_of(bench.plain, question, 1024) for question in asked]
         for sampling, sampler in SAMPLERS.items():
-            bench.graphed.warm_up(prompts, args.new_tokens, [(drafter, None), ("none", None)],
-                                  sampler)
-            found[f"{drafter}, {sampling}"] = answers(bench, prompts, args, drafter, sampler)
+            if f"{drafter}, {sampling}" not in done:
+                bench.graphed.warm_up(prompts, args.new_tokens, [(drafter, None), ("none", None)],
+                                      sampler)
+                done[f"{drafter}, {sampling}"] = answers(bench, prompts, args, drafter, sampler)
+                yield done
         del bench
         free_memory(device)
-    return found
 
 
 def answers(bench, prompts, args, drafter, sampler):
@@ -366,8 +425,8 @@ def answers(bench, prompts, args, drafter, sampler):
             "speedup": statistics.median(vanilla[1] / ours[1] for ours, vanilla in runs)}
 
 
-def train(args, device, dtype):
-    """The adapter's facts; None if time ran out, and the next run is to go on."""
+def train(found, args, device, dtype):
+    """The adapter's facts; if time runs out, the next run goes on."""
     out = args.trained
     resume = ["--resume"] * (out / "checkpoint.pt").exists()
     sizes = ["--updates", "2", "--batches", "1", "--batch-tokens", "256", "--max-length", "64",
@@ -383,17 +442,19 @@ def train(args, device, dtype):
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # it has saved, and says so
         process.wait()
-        return None
-    return {"exit_status": status} | (
+        raise UserError(f"{out}: not trained to the end; the same command goes on") from None
+    found |= {"exit_status": status} | (
         json.loads((out / "config.json").read_text())["training"] if status == 0 else {})
+    yield found
 
 
-PARTS = {"tests": tests,
+PARTS = {"shape-7B": partial(shape, "7B"), "choices-7B": partial(choices, "7B"),
+         "shape-135M": partial(shape, "135M"), "choices-135M": partial(choices, "135M"),
          **{f"equal-{name}": partial(equal, name) for name in ("bfloat16", "float16", "float32")},
-         **{f"shape-{name}": partial(shape, name) for name in ("7B", "1B", "13B")},
+         "tests": tests, "shape-1B": partial(shape, "1B"), "shape-13B": partial(shape, "13B"),
          "stories": stories, "model": model, "train": train,
-         "answers": lambda args, device, dtype: equal(dtype_name(dtype), args, device, dtype,
-                                                      args.trained)}
+         "answers": lambda found, args, device, dtype: equal(dtype_name(dtype), found, args, device,
+                                                             dtype, args.trained)}
 NEEDS = {"equal": ("model", "questions"), "model": ("model",), "train": ("model", "data"),
          "answers": ("model", "questions", "data")}
 
@@ -407,79 +468,102 @@ KIND = {True: "reached", False: "**missed**"}
 
 def goals(parts):
     """[(goal, what was to be, what was found or None, whether that fits)]"""
-    first = parts["shape-7B"]["contexts"][0] if "shape-7B" in parts else None
-    equal = [f for name in parts if name.startswith("equal") for f in parts[name].values()]
-    enough = equal and sum(name.startswith("equal") for name in parts) == 3
-    graphs = parts["model"]["contexts"][0]["graphs"] if "model" in parts else None
+    def first(name):
+        """Of a part's first context what there is."""
+        return next(iter(parts.get(name, {}).get("contexts", [])), {})
+
+    def speedup(name):
+        """At the highest rate."""
+        return next((f[1] for f in first(name).get("speedups", {}).get("stops", [])[-1:]), None)
+
+    whole = {name: part for name, part in parts.items() if not part.get("partial")}
+    equal = [part for name, part in whole.items() if name.startswith("equal")]
+    equal = [f for part in equal for f in part["asked"].values()] if len(equal) == 3 else []
     other = [part["memory"]["other"] for part in parts.values()
              if "other" in part.get("memory", {})]
-    ours = min(parts["answers"][f"kangaroo, {s}"]["speedup"]
-               for s in SAMPLERS) if "answers" in parts else None
+    ours = min(whole["answers"]["asked"][f"kangaroo, {s}"]["speedup"]
+               for s in SAMPLERS) if "answers" in whole else None
+    tests = parts.get("tests")
 
     def row(goal, wanted, value, fits, shown="{:.2f}"):
         return (goal, wanted, None, None) if value is None else (
             goal, wanted, shown.format(value), fits(value))
 
-    speedup = first and first["speedups"]["stops"][-1][1]
-    counts = f"{{}} of {sum(f['answers'] for f in equal)}"
-    tests = parts.get("tests")
+    def of_all(goal, same, among):
+        total = sum(f[among] for f in equal)
+        return row(goal, "all", sum(f[same] for f in equal) if equal else None,
+                   lambda n: n == total, f"{{}} of {total}")
+
     return [
-        row("vanilla 7B at width 1: share of measured copy bandwidth", "≥ 0.80",
-            first and first["share"], lambda x: x >= 0.80),
-        row("one-shape step ÷ width-1 step, 7B", "≤ 1.05", first and first["ratio"],
+        row("vanilla 7B at width 1: share of measured copy bandwidth (on an H200 ≥ 0.75)", "≥ 0.80",
+            first("shape-7B").get("share"), lambda x: x >= 0.80),
+        row("one-shape step ÷ width-1 step, 7B", "≤ 1.05", first("shape-7B").get("ratio"),
             lambda x: x <= 1.05),
-        row("draft step ÷ full step, 7B, ℓ = 2", "≤ 0.10", first and first["cost"],
+        row("draft step ÷ full step, 7B, ℓ = 2", "≤ 0.10", first("shape-7B").get("cost"),
             lambda x: x <= 0.10),
         row(f"speedup at compression rate {RATES[-1]} (the paper measured 1.68 there)", "≥ 1.75",
-            speedup, lambda x: x >= 1.75),
-        row("SmolLM2, vanilla with graphs ÷ without", "≥ 4", graphs, lambda x: x >= 4),
+            speedup("shape-7B"), lambda x: x >= 1.75),
+        row(f"speedup of SmolLM2's shape at compression rate {SMALL_RATES[-1]}", "> 1.1",
+            speedup("shape-135M"), lambda x: x > 1.1),
+        row("SmolLM2, vanilla with graphs ÷ without", "≥ 4", first("model").get("graphs"),
+            lambda x: x >= 4),
         row("Kangaroo ÷ vanilla, both with graphs, SmolLM2 on Spec-Bench", "> 1", ours,
             lambda x: x > 1),
         row("memory beside weights and cache, the most", "≤ 1.5 GiB", max(other, default=None),
             lambda x: x <= 1.5, "{:.2f} GiB"),
-        row("answers identical to vanilla, each dtype, greedy and sampled, chain and tree", "all",
-            sum(f["identical"] for f in equal) if enough else None,
-            lambda n: n == sum(f["answers"] for f in equal), counts),
-        row("graphs on ≡ graphs off on CUDA", "all",
-            sum(f["identical_without_graphs"] for f in equal) if enough else None,
-            lambda n: n == sum(f["without_graphs"] for f in equal),
-            f"{{}} of {sum(f['without_graphs'] for f in equal)}"),
+        of_all("answers identical to vanilla, each dtype, greedy and sampled, chain and tree",
+               "identical", "answers"),
+        of_all("graphs on ≡ graphs off on CUDA", "identical_without_graphs", "without_graphs"),
         row("all tests on CUDA", "pass", tests and tests["passed"],
             lambda n: n > 0 and tests["exit_status"] == 0, "{} passed")]
+
+
+def table(*rows):
+    """A table of what was measured, and an empty line before it; nothing without rows."""
+    head, *rows = rows
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
+             for row in (head, *rows)]
+    return ["", lines[0], "|" + "---|" * len(head), *lines[1:]] if rows else []
+
+
+def cells(row, **digits):
+    """The numbers of a row with so many digits; – for what it does not have."""
+    return [f"{row[key]:.{n}f}" if key in row else "–" for key, n in digits.items()]
 
 
 def page_of(results):
     """What stands between the page's markers."""
     settings, parts = results.get("settings"), results["parts"]
+    found = goals(parts)
     lines = [fill("Run on " + " · ".join(settings.values()) + ".", 100) if parts else
-             "**Nothing on this page has been run on a GPU yet.**", "", "| | goal | |",
-             "|---|---|---|"]
-    for goal, wanted, value, fits in goals(parts):
-        lines.append(f"| {goal} | {wanted} | "
-                     f"{'not run' if value is None else f'{value}, {KIND[bool(fits)]}'} |")
-    measured = {name: part for name, part in parts.items() if "contexts" in part}
-    if measured:
-        lines += ["", fill("Times in milliseconds; speedups at compression rates "
-                           f"{', '.join(map(str, RATES))}, drafts that end with the first wrong "
-                           "token.", 100), "",
-                  "| | context | width 1 | one shape | bandwidth share | draft step | verification "
-                  "| speedups |", "|---|---|---|---|---|---|---|---|"]
-    for name, part in measured.items():
-        for c in part["contexts"]:
-            speedups = ", ".join(f"{speedup:.2f}" for _, speedup in c["speedups"]["stops"])
-            lines.append(f"| {name.removeprefix('shape-')} | {c['context']} | {c['width_1']:.2f} | "
-                         f"{c['one_shape']:.2f} | {c['share']:.2f} | {c['draft']:.3f} | "
-                         f"{c['verification']:.2f} | {speedups} |")
-    asked = {name: part for name, part in parts.items() if name.startswith(("equal", "answers"))}
-    if asked:
-        lines += ["", "| answers | identical to vanilla | without graphs | compression rate | "
-                  "speedup |", "|---|---|---|---|---|"]
-    for name, part in asked.items():
-        for how, f in part.items():
-            lines.append(f"| {name.removeprefix('equal-')}, {how} | {f['identical']} of "
-                         f"{f['answers']} | {f['identical_without_graphs']} of "
-                         f"{f['without_graphs']} | {f['compression_rate']:.2f} | "
-                         f"{f['speedup']:.2f} |")
+             "**Nothing on this page has been run on a GPU yet.**"]
+    lines += table(("", "goal", ""), *(
+        (goal, wanted, f"{value}, {KIND[bool(fits)]}")
+        for goal, wanted, value, fits in found if value is not None))
+    if missing := [f"{goal}, {wanted}" for goal, wanted, value, _ in found if value is None]:
+        lines += ["", fill("Not run: " + "; ".join(missing) + ".", 100, break_on_hyphens=False)]
+    contexts = [(name.removeprefix("shape-"), c) for name, part in parts.items()
+                for c in part.get("contexts", [])]
+    steps = dict(width_1=2, one_shape=2)
+    if contexts:
+        lines += ["", fill("Times in milliseconds; speedups at compression rates, with drafts that "
+                           "end with the first wrong token.", 100)]
+    lines += table(("", "context", "width 1", "one shape", "bandwidth share", "draft step",
+                    "verification", "speedups"), *(
+        (name, c["context"], *cells(c, **steps, share=2, draft=3, verification=2),
+         ", ".join(f"{speedup:.2f} at {rate:.2f}" for rate, speedup in
+                   c.get("speedups", {}).get("stops", [])) or "–") for name, c in contexts))
+    lines += table(("other settings", "context", "width 1", "one shape", "draft step",
+                    "verification", "without graphs"), *(
+        (f"{name.removeprefix('choices-')}, {c['choice']}", c["context"],
+         *cells(c, **steps, draft=3, verification=2, no_graphs=2))
+        for name, part in parts.items() for c in part.get("choices", [])))
+    lines += table(("answers", "identical to vanilla", "without graphs", "compression rate",
+                    "speedup"), *(
+        (f"{name.removeprefix('equal-')}, {how}", f"{f['identical']} of {f['answers']}",
+         f"{f['identical_without_graphs']} of {f['without_graphs']}",
+         *cells(f, compression_rate=2, speedup=2))
+        for name, part in parts.items() for how, f in part.get("asked", {}).items()))
     return "\n".join([*lines, ""])
 
 
@@ -501,13 +585,15 @@ def parse_arguments(argv):
     option("--data", nargs="+", type=Path, help="ShareGPT's conversations, to train an adapter")
     option("--trained", type=Path, default=Path("trained"), help="where that goes")
     option("--answers", type=int, default=40, help="how many questions, spread over the file")
+    option("--repeats", type=int, default=2, help="timed runs behind one that records")
+    option("--contexts", type=int, nargs="+", default=[512, 4096], help="tokens before the text")
     option("--updates", type=int, default=2000, help="of the training")
     option("--minutes", type=float, default=MINUTES, help="that a part has at most")
     option("--page", type=Path, help="whose tables to write (default: docs/performance.md)")
     option("--compile", action="store_true", help="fuse pointwise operations with torch.compile")
     option("--tiny", action="store_true", help="toy sizes, on any device, to test this file")
     args = parser.parse_args(argv)
-    refuse_below_one(args, "answers", "new_tokens", "updates")
+    refuse_below_one(args, "answers", "new_tokens", "repeats", "updates")
     if bool(args.everything) == bool(args.parts):
         parser.error("give one of --everything and --parts (see --help)")
     if args.out is None:
@@ -533,13 +619,24 @@ def results_for(args, device, dtype):
     return results_of(args.out, settings, parts={})
 
 
+def is_done(part, results):
+    return not results["parts"].get(part, {"partial": True}).get("partial")
+
+
 def measure(part, args, device, dtype):
-    """Run a part here, and write its result."""
-    found = PARTS[part](args, device, dtype)
-    if found is not None:
-        results = results_for(args, device, dtype)
-        results["parts"][part] = found
+    """Run a part here, and write each row of its result; it is "partial" until all are there."""
+    results = results_for(args, device, dtype)
+    found = results["parts"].setdefault(part, {})
+    found["partial"] = True
+
+    def write():
         write_atomically(args.out, json.dumps(results, indent=1).encode())
+
+    for row in PARTS[part](found, args, device, dtype):
+        say(f"{part}: {json.dumps(row)}")
+        write()
+    del found["partial"]
+    write()
 
 
 def measure_apart(part, argv, minutes):
@@ -557,7 +654,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     device, dtype = pick_device_and_dtype(args.device, "float32" if args.tiny else None)
     for part in args.parts:
-        if part in results_for(args, device, dtype)["parts"]:
+        if is_done(part, results_for(args, device, dtype)):
             continue
         if args.everything:
             say(part)
@@ -568,7 +665,7 @@ def main(argv=None):
     if args.page:
         write_tables(args.page, results)
     print(page_of(results))
-    done = all(part in results["parts"] for part in args.parts)
+    done = all(is_done(part, results) for part in args.parts)
     return 0 if done and all(fits is not False for *_, fits in goals(results["parts"])) else 1
 
 

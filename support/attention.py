@@ -20,6 +20,7 @@ next, b or c, and d follows c. In a chain the slots would be the positions.
         └── d     8         7        0 1 2 3 4 5 7 8
 """
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,24 @@ MAX_ROWS = 64            # of a decode step; a pass of more is one of prefill
 CHUNK, LONG = 256, 1024  # keys of a chunk; views from 1,024 positions on go by chunks
 
 
+@lru_cache(maxsize=None)  # noqa: UP033 — kept for ever: a CUDA graph may hold its address
+def constants(length, dtype, device):
+    """The numbers 0 … length − 1, a zero and a −inf, on the device."""
+    zero, infinity = (torch.full((), x, dtype=dtype, device=device) for x in (0, -math.inf))
+    return torch.arange(length, device=device), zero, infinity
+
+
 def make_mask(positions, length, like, group, in_order):
     """(T, length): 0 where the row at positions[t] sees a position, else −inf.
 
-    On a GPU it is (group T, length), unless attention is `in_order`: see attend_by_group.
+    On a GPU it is (group T, length) over a long view, unless attention is `in_order`: see
+    attend_by_chunk.
     """
-    unseen = torch.arange(length, device=positions.device) > positions[:, None]
-    mask = torch.zeros_like(unseen, dtype=like.dtype).masked_fill_(unseen, -math.inf)
-    if like.is_cuda and not in_order:
+    numbers, zero, infinity = constants(length, like.dtype, like.device)
+    mask = torch.where(numbers > positions[:, None], infinity, zero)
+    if like.is_cuda and length >= LONG and not in_order:
         mask = mask.repeat(group, 1)
-        mask[:, -CHUNK:][:, 0].clamp_(min=-30000)  # see attend_by_chunk
+        mask[:, -CHUNK].clamp_(min=-30000)
     return mask
 
 
@@ -58,32 +67,36 @@ def attend(q, k, v, mask, columns=None, shared=0):
 
 
 def attend_by_group(q, k, v, mask):
-    """Attention by kernels that know no groups: the G heads of a group become rows of one head.
+    """Attention by kernels that know no groups: all heads of a group read the same keys.
 
-    q (B, T, H, D); k, v (B, S, K, D), where H = G K; mask (G T, S) -> (B, T, H, D).
+    q (B, T, H, D); k, v (B, S, K, D), where H = G K; mask (T, S), or as `make_mask` has it; returns
+    (B, T, H, D). Neither keys nor values are copied for a step: a stride of 0 says that heads share
+    them. Where there are several groups of several heads, which no stride says, groups are a batch.
     """
-    (B, T, H, D), K = q.shape, k.shape[2]
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G T, D)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if B == 1 and T <= MAX_ROWS and k.shape[2] >= LONG and D % 8 == 0:
-        y = attend_by_chunk(q, k, v, mask)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, mask)
-    return y.unflatten(2, (H // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if B == 1 and T <= MAX_ROWS and S >= LONG and D % 8 == 0:
+        return attend_by_chunk(q, k, v, mask)
+    N = 1 if K in (1, H) else K
+    q, k, v = (x.unflatten(2, (N, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (q, k, v))
+    k, v = (x.expand(-1, H // N, -1, -1) for x in (k, v))  # (B N, H / N, S, D)
+    y = F.scaled_dot_product_attention(q, k, v, mask[:T])
+    return y.unflatten(0, (B, N)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def attend_by_chunk(q, k, v, mask):
-    """Attention to chunks of the keys, merged: q (1, K, R, D), k, v (1, K, S, D), mask (R, S).
+    """Attention to chunks of the keys, merged: q (1, T, H, D), k, v (1, S, K, D), mask (R, S).
 
     A kernel that goes through the keys one after another keeps as many multiprocessors of a GPU
     busy as there are heads. With the chunks as a batch it is as many times more as there are
-    chunks. Each has a softmax of its own; their shares in the whole are exp of its logsumexp, in
-    float32. (Plain products would round bfloat16 scores; the kernel keeps them in float32.) A
-    softmax over nothing is NaN. So in the last chunk, which may lie wholly behind a row, the row
-    sees the first key, with a share that rounds to 0. (This step has written that key.)
+    chunks. The heads of a group are rows of one head: R = T H / K. Each chunk has a softmax of its
+    own; their shares in the whole are exp of its logsumexp, in float32. (Plain products would round
+    bfloat16 scores; the kernel keeps them in float32.) A softmax over nothing is NaN. So in the
+    last chunk, which may lie wholly behind a row, the row sees the first key, with a share that
+    rounds to 0. (This step has written that key.)
     """
-    K, R = q.shape[1:3]
-    k, v = (x[0].unflatten(1, (-1, CHUNK)).transpose(0, 1) for x in (k, v))  # (N, K, CHUNK, D)
+    (_, T, H, D), K, R = q.shape, k.shape[2], len(mask)
+    q = q.view(T, K, -1, D).permute(1, 2, 0, 3).reshape(K, R, D)
+    k, v = (x[0].unflatten(0, (-1, CHUNK)).transpose(1, 2) for x in (k, v))  # (N, K, CHUNK, D)
     q, mask = q.expand(len(k), -1, -1, -1), mask.unflatten(1, (-1, CHUNK)).transpose(0, 1)
     mask = mask[:, None].expand(-1, K, -1, -1)  # (N, K, R, CHUNK)
     if q.is_cuda:  # the kernels behind F.scaled_dot_product_attention, which keeps the logsumexp
@@ -93,7 +106,8 @@ def attend_by_chunk(q, k, v, mask):
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         y, logsumexp = attention(q, k, v, attn_mask=mask)
     share = logsumexp[..., :R].softmax(0)  # the kernel pads the rows
-    return (share[..., None] * y).sum(0, keepdim=True).to(q.dtype)
+    y = (share[..., None] * y).sum(0).view(K, -1, T, D).permute(2, 0, 1, 3)
+    return y.to(q.dtype, memory_format=torch.contiguous_format).reshape(1, T, H, D)
 
 
 def attend_in_order(q, k, v, mask, columns, shared):

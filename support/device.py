@@ -1,4 +1,4 @@
-"""How numbers of the host get to the device that computes. Imports nothing of ours."""
+"""How numbers get from the host to the device that computes, and back. Imports nothing of ours."""
 import torch
 
 
@@ -14,3 +14,16 @@ def pinned(data, device):
 def to_device(data, device):
     """A list or a CPU tensor as a tensor on `device`."""
     return pinned(data, device).to(device, non_blocking=True)
+
+
+def to_host(tensor):
+    """Begin to copy a tensor to the host; returns a function that waits for the copy and gives it.
+
+    In between the host can give a GPU more to do.
+    """
+    copy = tensor.to("cpu", non_blocking=True)  # from a GPU to pinned memory
+    if not tensor.is_cuda:
+        return lambda: copy
+    ready = torch.cuda.Event()
+    ready.record()
+    return lambda: ready.synchronize() or copy

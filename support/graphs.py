@@ -38,7 +38,7 @@ from llama import (
     rotate_and_write,
     silu_and_multiply,
 )
-from support.device import pinned
+from support.device import pinned, to_host
 from support.limits import CHAIN_WIDTH
 from support.packing import FUSED_NORM, FastRMSNorm, swap
 from support.self_check import rows_are_alike
@@ -86,7 +86,8 @@ def fuse_pointwise(*models, backend="inductor"):
     choose kernels by the length of the view, and take minutes.
     """
     def compiled(function):
-        return torch.compile(function, dynamic=True, backend=backend)
+        # fullgraph: what cannot be compiled is an error, not slow in silence.
+        return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
     rotate, multiply, norm = map(compiled, (rotate_and_write, silu_and_multiply, F.rms_norm))
     for model in models:
@@ -164,12 +165,13 @@ class FixedView:
         self.parts = view.rows, view.length, view.width, view.layers
         self.key = view.length, id(view.rows)
 
-    def view(self, end=None):
-        return KVCache(*self.parts)
-
-    @property
-    def width(self):
-        return self.parts[2]
+    def view(self, slots=None, columns=None):
+        """With a tree's slots and columns, or those of a chain, as `one_shape` has them."""
+        view = KVCache(*self.parts)
+        if columns is None and view.width > CHAIN_WIDTH:
+            columns = torch.arange(view.length, device=view.rows.device).repeat(view.width, 1)
+        view.slots, view.columns = slots, columns
+        return view
 
 
 class Graphs:
@@ -242,6 +244,8 @@ class GraphedLlama:
         self.last_step = None, None  # its states after the last layer, and their logits
         self.capacity = 0  # positions that a KV cache has room for: growing means recording anew
         self.memory = {}  # by config: the KV cache that recordings know
+        self.states = {}  # by an adapter's config: the exit layer's states that recordings know
+        self.token = torch.zeros(1, dtype=torch.long, device=self.device)  # the newest of a draft
         self.lent = {}    # by config: a weak reference to the view of it that the last text got
 
     def __getattr__(self, name):
@@ -259,6 +263,7 @@ class GraphedLlama:
         if memory is None or memory.length < length:
             if memory is not None:
                 self.graphs.forget()
+                self.states.pop(config, None)
                 del self.memory[config], memory  # before the new one is made
             memory = self.memory[config] = self.model.new_cache(max(length, self.capacity), width,
                                                                 config)
@@ -266,6 +271,14 @@ class GraphedLlama:
         cache = KVCache(memory.rows, memory.in_view(length, self.device), width, memory.layers)
         self.lent[config] = weakref.ref(cache)
         return cache
+
+    def new_states(self, config):
+        """Zeros for the exit layer's states, beside the adapter's cache, in the memory of the last
+        text's."""
+        if config not in self.states:
+            rows = self.memory[config].rows
+            self.states[config] = rows.new_zeros(1, rows.shape[3], config.hidden_size)
+        return self.states[config].zero_()
 
     def knows(self, cache):
         """Whether recordings may address it: the cache of a second text at once they may not."""
@@ -281,19 +294,21 @@ class GraphedLlama:
             return (h, model.logits(h)) if last == len(model.layers) else (h,)
 
         view, name = FixedView(cache.view(start + width)), ("layers", first, last)
+        positions = range(start, start + width)
         if not torch.is_tensor(x) and len(x) == 1 and not parents:  # embedded in the recording
             def token_step(numbers):
-                return with_logits(model.step(numbers[:1], numbers[1], view, first, last))
+                return with_logits(model.run_layers(
+                    embed_one(model, numbers[:1], width), numbers[1:], view.view(), first, last))
 
             outputs = self.graphs.run((*name, "token", width, *view.key), token_step,
-                                      pinned([*x, start], self.device))
+                                      pinned([*x, *positions], self.device))
         elif width <= CHAIN_WIDTH:
-            def chain_step(x, start):
-                return with_logits(model.step(x, start, view, first, last))
+            def chain_step(x, positions):
+                return with_logits(model.run_layers(x, positions, view.view(), first, last))
 
             x = x if torch.is_tensor(x) else model.embed(x)
-            x, start = F.pad(x, (0, 0, 0, width - x.shape[1])), pinned(start, self.device)
-            outputs = self.graphs.run((*name, "chain", width, *view.key), chain_step, x, start)
+            x, positions = F.pad(x, (0, 0, 0, width - x.shape[1])), pinned(positions, self.device)
+            outputs = self.graphs.run((*name, "chain", width, *view.key), chain_step, x, positions)
         else:
             x = x if torch.is_tensor(x) else model.embed(x)
             outputs = self.replay(name, lambda *step: with_logits(
@@ -307,9 +322,7 @@ class GraphedLlama:
         fixed = FixedView(cache)
 
         def recorded(x, positions, slots, columns=None):
-            view = fixed.view()
-            view.slots, view.columns = slots, columns
-            return function(x, positions, view)
+            return function(x, positions, fixed.view(slots, columns))
 
         slots = positions if cache.slots is None else cache.slots
         columns = [] if cache.columns is None else [cache.columns]
@@ -346,6 +359,11 @@ class GraphedLlama:
         return f"CUDA graphs for views of {views} positions, recorded at first use"
 
 
+def embed_one(model, token, width):
+    """A token's row, and `width` − 1 dead ones: (1, width, hidden_size)."""
+    return F.pad(model.embed(token), (0, 0, 0, width - 1))
+
+
 class GraphedAdapter:
     """An adapter whose decode steps are replayed by the model's graphs."""
 
@@ -376,7 +394,7 @@ def graph_part(part, model, width, record=None):
 
 class GivenNoise(Sampler):
     """A sampler whose noise (T, vocab_size) is given, of the positions 0, 1, …, or None if it never
-    draws any: what a recording holds."""
+    draws any: what a recording holds. It has always as many rows, so they go all at once."""
 
     def __init__(self, sampler, rows=None):
         super().__init__(sampler.temperature, sampler.top_k, sampler.top_p)
@@ -384,6 +402,12 @@ class GivenNoise(Sampler):
 
     def noise(self, position, vocab_size, device):
         return self.rows[position]
+
+    def perturbed(self, logits, position, depth=None):
+        # Softmax adds up a row by 16 bytes; rows that begin in between it does not treat alike.
+        if self.temperature and logits.shape[-1] % 4 == 0:
+            return self.scores(logits) + self.rows
+        return super().perturbed(logits, position, depth)
 
 
 def settings_of(sampler):
@@ -400,7 +424,7 @@ def noise_of(sampler, positions, model):
 
 
 class GraphedSampler(Sampler):
-    """A sampler whose choice is replayed for up to `width` rows, as those of a verification."""
+    """A sampler whose choice is replayed for `width` rows, as those of a verification."""
 
     def __init__(self, sampler, model, width):
         super().__init__(*settings_of(sampler), sampler.seed)
@@ -414,46 +438,83 @@ class GraphedSampler(Sampler):
         def recorded(logits, noise):
             return (GivenNoise(bare, noise).choose(logits, 0),)
 
-        positions = (position + i for i in depth or range(len(logits)))
-        return self.model.graphs.run_rows(("sample", *settings_of(self)), recorded, self.width,
-                                          logits, *noise_of(self, positions, self.model))
+        dead = self.width - len(logits)
+        positions = [position + i for i in depth or range(len(logits))] + [position] * dead
+        choices, = self.model.graphs.run(
+            ("sample", self.width, *settings_of(self)), recorded, F.pad(logits, (0, 0, 0, dead)),
+            *noise_of(self, positions, self.model))
+        return choices[:len(logits)]
 
 
 class GraphedChain(ChainDrafter):
-    """A ChainDrafter each of whose draft steps is one replay, from a token to the one that is
-    drafted to follow it. Its model is a GraphedLlama, its adapter a GraphedAdapter."""
+    """A ChainDrafter each of whose draft steps is two replays: from a token's state at the exit to
+    the token that is drafted to follow it, and that one's way to the exit.
+
+    The second is needed even if the draft ends there. So it is started before the host knows which
+    token it is: while the host reads and decides, the GPU runs. Its model is a GraphedLlama, its
+    adapter a GraphedAdapter.
+    """
+
+    def prefill(self, ids, cache, sampler):
+        h, graphed = super().prefill(ids, cache, sampler), self.model
+        self.ahead = None  # the position whose token is on its way to the exit already
+        self.replayed = cache.width in graphed.widths and graphed.knows(cache) and graphed.knows(
+            self.adapter_cache)
+        if self.replayed:
+            self.states = graphed.new_states(self.adapter.config)
+        return h
 
     def propose(self, token, position, cache):
-        graphed, depth, adapter_cache = self.model, self.depth, self.adapter_cache
         late = position - self.seen  # rows that the adapter has not seen before this one
-        known = graphed.knows(cache) and graphed.knows(adapter_cache)
-        if late > 1 or not known or cache.width not in graphed.widths:
+        if late > 1 or not self.replayed:
             return super().propose(token, position, cache)
+        self.run_to_exit(token, position, cache)
         # What the recording keeps: nothing of this text.
-        model, adapter, head, sampler = graphed.model, self.adapter.adapter, self.head, self.sampler
-        bare = GivenNoise(sampler)
-        shallow = FixedView(cache.view(position + cache.width))
-        own = FixedView(adapter_cache.view(self.seen + adapter_cache.width))
+        graphed, states, width, newest = self.model, self.states, cache.width, self.model.token
+        adapter, head, sampler = self.adapter.adapter, self.head, self.sampler
+        own, bare = FixedView(self.adapter_cache.view(self.seen + width)), GivenNoise(sampler)
 
-        def recorded(numbers, before, *noise):
-            token, position, late = numbers.split(1)
-            h = model.step(token, position, shallow, 0, depth)[:, :1]
-            # The adapter's rows are this one or, if it is a row late, the one before and this one.
-            rows = torch.cat((before, h, torch.zeros_like(h)), 1)
-            rows = rows.index_select(1, torch.arange(1, 3, device=h.device) - late)
-            x = adapter(*one_shape(rows, position - late, own))
-            logits = head(x[0].index_select(0, late))
-            return h, GivenNoise(bare, *noise).candidates(logits, 0)
+        def recorded(numbers, *noise):
+            positions, rows, late = numbers.split((width, width, 1))
+            x = adapter(states.index_select(1, rows), positions, own.view())
+            drafted = GivenNoise(bare, *noise).candidates(head(x[0].index_select(0, late)), 0)
+            newest.copy_(drafted[0, 0, :1])
+            return drafted,
 
-        key = ("draft", id(adapter), id(head), *settings_of(sampler), depth, cache.width,
-               *shallow.key, *own.key)
-        before = max(0, position - 1)
-        h, candidates = graphed.graphs.run(
-            key, recorded, pinned([token, position, late], graphed.device),
-            self.states[:, before:before + 1], *noise_of(sampler, [position + 1], graphed))
-        self.states[:, position], self.seen = h[:, 0], position + 1
-        [[drafted]] = sampler.fetch(candidates)
+        # The adapter's rows are this position or, if it is a row late, the one before and this one;
+        # dead ones are zeros, as the last of the states always is.
+        rows = [*range(self.seen, position + 1)] + [states.shape[1] - 1] * (width - 1 - late)
+        numbers = [*range(self.seen, self.seen + width), *rows, late]
+        key = "draft", id(adapter), id(head), *settings_of(sampler), width, *own.key
+        drafted, = graphed.graphs.run(key, recorded, pinned(numbers, graphed.device),
+                                      *noise_of(sampler, [position + 1], graphed))
+        read = to_host(drafted)
+        self.seen = self.ahead = position + 1
+        self.replay_to_exit(self.ahead, cache)
+        [[drafted]] = sampler.fetch(read())
         return drafted
+
+    def run_to_exit(self, token, position, cache):
+        if not self.replayed:
+            return super().run_to_exit(token, position, cache)
+        if self.ahead != position:
+            self.model.token.copy_(pinned([token], self.model.device), non_blocking=True)
+            self.replay_to_exit(position, cache)
+        self.ahead = None
+
+    def replay_to_exit(self, position, cache):
+        """Run the newest token, which lies on the device, through the shallow layers."""
+        model, newest, states, depth = self.model.model, self.model.token, self.states, self.depth
+        width, shallow = cache.width, FixedView(cache.view(position + cache.width))
+
+        def recorded(positions):
+            h = model.run_layers(embed_one(model, newest, width), positions, shallow.view(), 0,
+                                 depth)
+            states.index_copy_(1, positions[:1], h[:, :1])
+            return ()
+
+        self.model.graphs.run(("to exit", id(states), depth, width, *shallow.key), recorded,
+                              pinned(range(position, position + width), self.model.device))
 
 
 class GraphedTree(TreeDrafter):

@@ -1,11 +1,11 @@
-"""Faster modules in the place of plain ones: weights in oneDNN's layout, a norm in one kernel.
+"""Faster modules in the place of plain ones: weights in oneDNN's layout, fewer kernels on a GPU.
 
     load -> use_fast_norms(module) -> pack(module, rows)
 
 They compute what `llama.py` defines, with other rounding; who drafts and who does not has the same
 ones. Nothing of the algorithm.
 """
-from llama import Linear, RMSNorm
+from llama import Attention, Layer, Linear, RMSNorm
 
 import torch
 import torch.nn as nn
@@ -77,13 +77,56 @@ class PackedLinear(nn.Module):
         return PackedLinear(self, self.rows)
 
 
+class AddingLayer(Layer):
+    """A Layer of a GPU: its last products add onto the residual, without a kernel for the sum.
+
+    In place, for else the residual is copied first. So there is no training.
+    """
+
+    def __init__(self, layer):
+        super(Layer, self).__init__()
+        for name, part in layer.named_children():
+            self.add_module(name, part)
+
+    def forward(self, x, rows, cache, layer):
+        attention, mlp = self.self_attn, self.mlp
+        y = attention.mix(self.input_layernorm(x), rows, cache, layer)
+        add_product(x, y, attention.o_proj)
+        y = mlp.silu_and_multiply(mlp.gate_up_proj(self.post_attention_layernorm(x)))
+        return add_product(x, y, mlp.down_proj)
+
+
+def add_product(x, y, linear):
+    """x + linear(y), written to x; of both the last dimension is a row's."""
+    x.view(-1, x.shape[-1]).addmm_(y.view(-1, y.shape[-1]), linear.weight.t())
+    return x
+
+
+def rotate_in_place(qkv, heads, cos, sin, slots, layer):
+    """llama.rotate_and_write in four kernels, not six: of what is contiguous `roll` makes no copy,
+    and where q and k are overwritten, k and v lie side by side."""
+    both = (heads + qkv.shape[2]) // 2
+    rolled, qk = qkv.roll(qkv.shape[-1] // 2, -1)[:, :, :both], qkv[:, :, :both]
+    torch.addcmul(qk * cos, rolled, sin, out=qk)
+    kv = qkv[:, :, heads:].unflatten(2, (2, -1))  # (B, T, 2, kv_heads, head_dim)
+    layer.index_copy_(2, slots, kv.permute(2, 0, 1, 3, 4))
+    return qkv[:, :, :heads]
+
+
 def pack(module, rows):
     """On a CPU, keep weights in oneDNN's blocked layout for products of `rows` rows.
 
     Reading them is then about 1.7 times as fast. Changes nothing where the operator or the dtype is
     not supported. A tied LM head becomes a copy of the embedding.
+
+    On a GPU, fewer kernels a layer: see AddingLayer and rotate_in_place.
     """
     ops, weight = torch.ops.mkldnn, next(module.parameters())
+    if weight.is_cuda:
+        for attention in module.modules():
+            if isinstance(attention, Attention):
+                attention.rotate_and_write = rotate_in_place
+        return swap(module, Layer, AddingLayer)
     try:
         if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
                 weight.dtype == torch.float32

@@ -1,20 +1,22 @@
 """A pretended GPU: CPU tensors that say they lie on cuda:0, held to the rules of a real one.
 
     with pretend_cuda() as gpu:      # torch.cuda is there, --device cuda works, graphs record
-        ...                          # gpu.syncs, gpu.pageable, gpu.attentions say what was done
+        ...                          # gpu.launches, gpu.syncs, … say what was done
 
 Every aten call is seen by a dispatch mode, runs on the CPU, and must obey:
 
 - **Devices do not meet.** No call takes tensors of both, but for copies, scalars in pointwise
   operations, and an index, which is copied.
 - **Waiting is counted.** A copy to the host, `.item()`, a boolean index and the like make the host
-  wait (`syncs`), copies from memory that is not pinned may do so (`pageable`).
+  wait (`syncs`), copies from memory that is not pinned may do so (`pageable`). A copy to the host
+  that does not wait is garbage until an event behind it has been waited for.
 - **A capture captures.** Neither of these in it, nothing on the host, nothing that its stream has
   not run before, when libraries set themselves up. Writes to what was there before do not happen.
 - **A replay repeats a tape of aten calls.** All else is frozen, Python numbers too. Before it, all
   memory that was made during any capture is garbage, since recordings share memory. Other memory is
   known by address: it has to be kept by somebody else.
-- **Attention with a mask** has the shapes that the memory-efficient kernel takes.
+- **Attention with a mask** has the shapes that the memory-efficient kernel takes, and its result
+  lies in memory as that kernel leaves it.
 
 What only a real GPU can show is left out: its kernels' rounding and speed, races of streams, sizes
 of memory, autocast, fused optimizers. Follows PyTorch's notes "CUDA semantics: CUDA Graphs".
@@ -104,9 +106,12 @@ class PretendCuda(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.syncs, self.pageable = [], []  # the names of the calls
+        # The names of calls: all that start a kernel, but for those of recordings; that wait; that
+        # may wait.
+        self.launches, self.syncs, self.pageable = [], [], []
         self.attentions = 0                 # with a mask, that is of decode steps and prefill
         self.replays = 0
+        self.on_the_way = []                # copies to the host, until it waits for an Event
         self.stream = self.default_stream = Stream()
         self.capture = None                 # the Graph that is being recorded
         self.graphs = weakref.WeakSet()     # all that are alive
@@ -121,6 +126,7 @@ class PretendCuda(TorchDispatchMode):
             refuse_unfit(*elems((*args[:3], mask_of(args, kwargs))),
                          kwargs.get("enable_gqa", False))
             self.attentions += 1
+            func = efficient_attention
         elif is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -151,6 +157,10 @@ class PretendCuda(TorchDispatchMode):
         if self.capture is None:
             self.stream.has_run.add(func)
             made = func(*elems(args), **elems(kwargs))
+            self.launches += started(func, args, kwargs, made)
+            if not wrap and kwargs.get("non_blocking"):
+                self.on_the_way.append((made, made.clone()))
+                made.fill_(77)
         else:
             if func not in self.stream.has_run:
                 raise CaptureBroken(f"{func} has not run on this stream before the capture")
@@ -174,7 +184,7 @@ class PretendCuda(TorchDispatchMode):
 
     def copied(self, name, source, target, non_blocking):
         """Account for a copy; `target`: whether it goes to the GPU."""
-        if isinstance(source, CudaTensor) and not target:
+        if isinstance(source, CudaTensor) and not target and not non_blocking:
             self.waits(f"{name} to the host")
         if target and not isinstance(source, CudaTensor):
             if self.capture is not None:
@@ -205,6 +215,29 @@ class PretendCuda(TorchDispatchMode):
                 for tensor, new in zip(leaves(made), leaves(again)):
                     if isinstance(tensor, torch.Tensor):
                         tensor.copy_(new)
+
+
+def efficient_attention(*args, **kwargs):
+    """With a result as the memory-efficient kernel leaves it: positions before heads."""
+    y = ATTENTION(*args, **kwargs).transpose(1, 2)
+    return y.contiguous().transpose(1, 2)
+
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+efficient_attention._schema, efficient_attention.__name__ = ATTENTION._schema, "attention"
+
+
+def made_new(args, kwargs, made):
+    """What a call has made that is no view of what it was given."""
+    before = {address(t) for t in leaves(elems((args, kwargs))) if isinstance(t, torch.Tensor)}
+    return [t for t in leaves(made) if isinstance(t, torch.Tensor) and address(t) not in before]
+
+
+def started(func, args, kwargs, made):
+    """The names of the kernels that a call starts."""
+    copies = ["copy"] if func.__name__ == "roll.default" and not args[0].is_contiguous() else []
+    starts = func._schema.is_mutable or made_new(args, kwargs, made)
+    return copies + [func.__name__.split(".")[0]] if starts else []
 
 
 @cache
@@ -252,6 +285,21 @@ class Stream:
         torch.cuda.synchronize()
 
 
+class Event:
+    """A torch.cuda.Event: behind the copies to the host that were started before it."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.copies, self.gpu.on_the_way = self.gpu.on_the_way, []
+
+    def synchronize(self):
+        self.gpu.waits("synchronize")
+        for made, copy in self.copies:
+            made.copy_(copy)
+
+
 class Address:
     """Memory that a graph uses and does not own: it knows where it lies, and does not keep it."""
 
@@ -276,18 +324,17 @@ class Graph:
 
     def reset(self):
         self.tape, self.own = [], {}  # own: what was made during the capture, by address
+        self.launches = []            # the names of the kernels that a replay starts
 
     def replay(self):
         self.gpu.replay(self.tape)
 
     def put_on_tape(self, func, args, kwargs):
         """What the call returns: of the right shapes. Nothing that was there before is changed."""
-        used = [t.elem for t in leaves((args, kwargs)) if isinstance(t, CudaTensor)]
         changes = func._schema.is_mutable
         made = elems(kwargs.get("out", args[0])) if changes else func(*elems(args), **elems(kwargs))
-        before = {address(t) for t in used}
-        new = [t for t in leaves(made) if isinstance(t, torch.Tensor)
-               and address(t) not in before]
+        new = made_new(args, kwargs, made)
+        self.launches += started(func, args, kwargs, made)
         if changes or new:  # else it is a view
             by_address = mapped((args, kwargs), CudaTensor, self.known)
             self.tape.append((func, *by_address, None if changes else made))
@@ -340,6 +387,7 @@ def pretend_cuda():
         is_bf16_supported=lambda *_: True, get_device_capability=lambda *_: (9, 0),
         get_device_name=lambda *_: "a pretended GPU", empty_cache=nothing,
         synchronize=lambda *_: gpu.waits("synchronize"), Stream=Stream, stream=on_stream,
+        Event=lambda: Event(gpu),
         current_stream=lambda *_: gpu.stream, graph_pool_handle=object, graph=capturing,
         CUDAGraph=lambda *_, **__: Graph(gpu),
         is_current_stream_capturing=lambda: gpu.capture is not None)

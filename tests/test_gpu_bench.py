@@ -5,10 +5,12 @@ Its figures mean nothing here.
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
+from itertools import islice
 from types import SimpleNamespace
 
 import train_adapter
-from bench import gpu
+from bench import gpu, kernels
 from kangaroo import NoDrafter, generate
 from support.errors import UserError
 
@@ -48,13 +50,14 @@ class TrainedHere:
 
 
 # Without "tests", which starts a pytest: that one is the next test.
-QUICK = "equal-float32", "shape-7B", "model", "train", "answers"
+QUICK = "shape-7B", "choices-135M", "equal-float32", "model", "train", "answers"
 
 
 def test_all_parts_one_after_another(flags, monkeypatch, capsys):
     """Each part is done once; one that was broken off is done by the next run, which has the rest
     already; then the page has figures where it said "not run"."""
-    done, broken, chosen = [], "shape-7B", [*gpu.PARTS] if PROFILE == "thorough" else QUICK
+    done, broken, context = [], "shape-7B", gpu.Bench.context
+    chosen = [*gpu.PARTS] if PROFILE == "thorough" else QUICK
     if chosen is QUICK:
         monkeypatch.setattr(gpu, "PARTS", {name: gpu.PARTS[name] for name in QUICK})
         monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(
@@ -64,29 +67,44 @@ def test_all_parts_one_after_another(flags, monkeypatch, capsys):
     def here(part, argv, minutes):
         done.append(part)
         assert "--everything" in argv and minutes == gpu.MINUTES
-        if part != broken or done.count(part) > 1:
-            run(flags, "--parts", part)
+        breaks = part == broken and done.count(part) == 1
+        with monkeypatch.context() as patched:
+            if breaks:
+                patched.setattr(gpu.Bench, "context", half)
+            with pytest.raises(TimeoutError) if breaks else nullcontext():
+                run(flags, "--parts", part)
+
+    def half(self, row, *more):
+        """Of the second length of the context a row without speedups."""
+        yield from context(self, row, *more) if row["context"] == 16 else islice(
+            context(self, row, *more), 1)
+        if row["context"] > 16:
+            raise TimeoutError
 
     monkeypatch.setattr(gpu, "measure_apart", here)
     assert run(flags, "--everything") == 1 and done == [*chosen]
     held = json.loads(flags["--out"].read_text())["parts"]
-    assert set(held) == set(chosen) - {broken}
+    cut = held.pop(broken)
+    assert set(held) == set(chosen) - {broken} and cut["partial"]
+    first, second = (row.keys() for row in cut["contexts"])
+    assert second == first - {"draft", "cost", "verification", "speedups", "identical"}
+    assert "| 7B | 40 |" in flags["--page"].read_text(encoding="utf-8")
     run(flags, "--everything")
     assert done == [*chosen, broken]
     parts = json.loads(flags["--out"].read_text())["parts"]
     assert {name: parts[name] for name in held} == held  # untouched
+    assert parts[broken]["contexts"][0] == cut["contexts"][0] and not any(
+        "partial" in part for part in parts.values())
     assert all(c["identical"] for part in parts.values() for c in part.get("contexts", []))
     for part in (name for name in chosen if name.startswith(("equal", "answers"))):
-        for found in parts[part].values():
+        for found in parts[part]["asked"].values():
             assert found["identical"] == found["answers"] == 2
             assert found["identical_without_graphs"] == found["without_graphs"] == 1
     assert parts["train"]["updates"] == 2
     page = flags["--page"].read_text(encoding="utf-8")
     assert "| 7B | 16 |" in page and "| float32, tree, sampled | 2 of 2 | 1 of 1 |" in page
-    if chosen is QUICK:
-        assert page.count("not run") == 4  # memory, on a CPU; answers in all dtypes; tests
-    else:
-        assert page.count("not run") == 1 and "24 of 24, reached" in page
+    assert "Not run: " in page and ("24 of 24, reached" in page) == (chosen is not QUICK)
+    assert len(parts["choices-135M"]["choices"]) == len(gpu.CHOICES)
     assert page.startswith(gpu.PAGE.read_text(encoding="utf-8").split(gpu.BEGIN)[0])
 
 
@@ -95,6 +113,15 @@ def test_a_part_in_a_process_of_its_own(tmp_path):
         "--tiny", "--everything", "--device", "cpu", "--out", str(tmp_path / "gpu.json")], 9)
     tests = json.loads((tmp_path / "gpu.json").read_text())["parts"]["tests"]
     assert tests["passed"] == 1 and tests["exit_status"] == 0
+
+
+def test_kernels(tmp_path, capsys):
+    """All are measured, but for one that a CPU does not have, and a layer's are listed."""
+    assert kernels.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "k.json")]) is None
+    found = json.loads((tmp_path / "k.json").read_text())
+    missing = [line for line in capsys.readouterr().out.splitlines() if "Error: " in line]
+    assert all("flash" in line for line in missing) and len(found["rows"]) == 91
+    assert all(row["us"] > 0 for row in found["rows"]) and len(found["layer of GQA"]) > 10
 
 
 def test_the_page_is_of_the_results_file():

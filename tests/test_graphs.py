@@ -172,9 +172,11 @@ def test_one_recording_per_view_made_when_first_needed(width):
         adapter = random_adapter(model)
         for candidates in (1, 3) if width > CHAIN_WIDTH else (1, 1):
             decode(graphed, "kangaroo", [1], 25, adapter, 1, 0.0, candidates, **options)
-            assert {key[1:3] for key in recordings(graphed)} == {(0, 4), (0, 1), (1, 4)}
-            assert len(recordings(graphed, "draft")) == len(
-                {key[-4:] for key in recordings(graphed, "draft")}) > 0
+            by_layer = {(0, 1)} if candidates > 1 else set()
+            assert {key[1:3] for key in recordings(graphed)} == {(0, 4), (1, 4)} | by_layer
+            for name in "draft", "to exit":
+                views = [key[-2] for key in recordings(graphed, name)]
+                assert len(set(views)) == len(views) > 0
 
 
 def test_memory_is_reused_until_it_is_too_small():
@@ -260,23 +262,23 @@ def test_calls_outside_of_recordings():
     count, rounds, _ = vanilla()
     assert count / rounds <= 8
     a, b = kangaroo(2), kangaroo(7)
-    a_round = 17  # without a draft step: the last shallow step, verification
-    assert all(count <= a_round * rounds + 6 * drafted for count, rounds, drafted in (a, b))
+    a_round = 14  # without a draft step: the first token's way to the exit, verification
+    assert all(count <= a_round * rounds + 5 * drafted for count, rounds, drafted in (a, b))
     counts = []
     for layers in (1, 3):
         with torch.inference_mode(), Calls() as found:
             model.step(torch.ones(1, 8, 32), 3, model.new_cache(64, 8), 0, layers)
         counts.append(found.count)
-    assert counts[1] - counts[0] <= 2 * 26
+    assert counts[1] - counts[0] <= 2 * 16
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 5, 0.9, seed=3)],
                          ids=["greedy", "sampled"])
-@pytest.mark.parametrize("width, replays", [(8, 1), (16, 3)], ids=["chain", "tree"])
+@pytest.mark.parametrize("width, replays", [(8, 2), (16, 3)], ids=["chain", "tree"])
 def test_replays_of_a_draft_step(monkeypatch, width, replays, sampler):
-    """One in a chain, three in a tree: shallow layers, adapter, LM head and choice. And in each
-    round one for the last drafted token, one for verification, and, if it is sampled, one for its
-    choice."""
+    """Two in a chain: to the drafted token, and its own way to the exit. Three in a tree: shallow
+    layers, adapter, LM head and choice. And in each round one for the first token of a chain or the
+    last ones of a tree, one for verification, and, if it is sampled, one for its choice."""
     stand_in, steps, model = StandIn(), [], random_model()
     graphed, adapter = GraphedLlama(model, (width,), stand_in), random_adapter(model)
     cls, name = (GraphedChain, "propose") if width == 8 else (TreeDrafter, "children")
@@ -374,8 +376,8 @@ def test_what_a_recording_depends_on_is_in_its_key():
 
 
 def test_what_a_draft_step_depends_on_is_in_its_key():
-    """As above, of chains, whose recording goes from a token to the next: texts with one adapter,
-    head or sampler after texts with another."""
+    """As above, of chains, whose recording goes from the exit to the next token: texts with one
+    adapter, head or sampler after texts with another."""
     model, stand_in = random_model(), StandIn()
     graphed, texts = GraphedLlama(model, (8,), stand_in), 0
     few, adapters = PartialHead(model.lm_head, torch.arange(10)), [
@@ -389,7 +391,8 @@ def test_what_a_draft_step_depends_on_is_in_its_key():
                     assert_same(decode(graphed, "kangaroo", [1, 2], 7, **options),
                                 decode(model, "kangaroo", [1, 2], 7, **options))
                     texts += 1
-    assert texts == 72 and len(recordings(graphed, "draft")) == 3 * 4 * 2
+    assert texts == 72 and len(recordings(graphed, "draft")) == 3 * 4
+    assert len(recordings(graphed, "to exit")) == 2
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8)], ids=["greedy", "sampled"])
@@ -456,16 +459,14 @@ def test_no_collection_while_recording():
 
 
 def test_attention_by_group_is_attention():
-    """The GPU's attention, up to rounding: rows of the heads of a group side by side, each with its
-    own mask."""
+    """The GPU's attention, up to rounding: heads of a group that share their keys."""
     generator = torch.Generator().manual_seed(0)
     for heads, kv_heads in ((4, 4), (6, 2), (3, 1)):
         q, k, v = (torch.randn(1, n, h, 8, generator=generator).double()
                    for n, h in ((5, heads), (32, kv_heads), (32, kv_heads)))
         unseen = torch.arange(32) > torch.arange(9, 14)[:, None]
         mask = torch.where(unseen, -torch.inf, 0.0).double()
-        many = mask.repeat(heads // kv_heads, 1)
-        assert torch.allclose(attend_by_group(q, k, v, many), attend(q, k, v, mask), atol=1e-12)
+        assert torch.allclose(attend_by_group(q, k, v, mask), attend(q, k, v, mask), atol=1e-12)
 
 
 @pytest.mark.parametrize("start", [LONG - 1, LONG - 3, LONG + 100])
@@ -634,7 +635,8 @@ def test_cuda_graphs_on_is_graphs_off(dtype, sampler, width, candidates, group):
 @gpu
 @pytest.mark.parametrize("width, candidates", [(8, 1), (16, 3)], ids=["chain", "tree"])
 def test_cuda_host_syncs(width, candidates):
-    """PyTorch's own count: one a round and one a draft step, nothing hidden."""
+    """PyTorch's own count: one a round, and of a tree one a draft step, nothing hidden. A chain's
+    draft steps wait for events, which it does not count."""
     model = random_model(TINY, 0, torch.float32, "cuda")
     graphed, steps = GraphedLlama(model, (width,)), []
     options = dict(adapter=random_adapter(model), threshold=0.0, sampler=Sampler(0.7, 5, 0.9),
@@ -653,7 +655,8 @@ def test_cuda_host_syncs(width, candidates):
                                    width=width))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(w.message) for w in caught) == len(rounds) + len(steps)
+    waits = len(rounds) + (len(steps) if candidates > 1 else 0)
+    assert sum("synchroniz" in str(w.message) for w in caught) == waits and steps
 
 
 @gpu

@@ -9,16 +9,19 @@ from dataclasses import replace
 import train_adapter
 from drafters.tree import TreeDrafter
 from llama import Sampler
-from support import start
+from support import packing, start
 from support.graphs import CudaRecorder, GraphedLlama, Graphs
+from support.packing import pack
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     TEXT,
     TINY,
     PerfectAdapter,
     block,
+    random_adapter,
     random_model,
     write_adapter,
     write_model,
@@ -71,7 +74,7 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
     """
     width, candidates = WIDTHS[kind]
     config = replace(TINY, num_hidden_layers=2, num_key_value_heads=4 // group)
-    model = random_model(config, 3, dtype, "cuda")
+    model = random_model(config, 3, dtype, "cuda", packed_for=width)
     graphed, grown = GraphedLlama(model, (width,)), []
     children = TreeDrafter.children
     monkeypatch.setattr(TreeDrafter, "children",
@@ -89,6 +92,44 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
         assert any(drafts) and len(drafts) < n  # some are accepted
         assert decode(graphed, "none", prompt, n, **options)[0] == eager[0]
     assert gpu.replays > 30 and (gpu.attentions or width > 8)
+
+
+@pytest.fixture
+def one_kernel_norm(monkeypatch):
+    """A norm is one kernel, as in a PyTorch that has one for it."""
+    monkeypatch.setattr(packing, "FUSED_NORM", True)
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)
+
+
+@pytest.mark.parametrize("heads, launches", [((4, 4), 13), ((6, 2), 14), ((3, 1), 13)],
+                         ids=["one head a group", "groups", "one group"])
+@torch.inference_mode()
+def test_launches_of_a_layer(gpu, one_kernel_norm, heads, launches):
+    """What a step of a small model costs is their number, which may only fall."""
+    config = replace(TINY, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    model, counts = random_model(config, 0, BF16, "cuda", packed_for=8), []
+    for width in (1, 8):
+        for layers in (1, 3):
+            gpu.launches.clear()
+            model.step([5], 3, model.new_cache(64, width), 0, layers)
+            counts.append(len(gpu.launches))
+        assert counts[-1] - counts[-2] <= 2 * launches
+
+
+def test_launches_of_recordings(gpu, one_kernel_norm):
+    """As above, of what is recorded for three layers: beside 13 a layer few."""
+    config, counts = replace(TINY, num_hidden_layers=3, num_key_value_heads=4), {}
+    model = random_model(config, 0, BF16, "cuda", packed_for=8)
+    graphed, adapter = GraphedLlama(model, (8,)), pack(random_adapter(model), 8)
+    for sampler in (SAMPLED, GREEDY):
+        for kind in ("none", "kangaroo"):
+            decode(graphed, kind, [5], 9, adapter, sampler=sampler, width=8)
+    for key, (_, _, replay, _) in graphed.graphs.recordings.items():
+        counts[key[:4] if key[0] == "layers" else key[0]] = len(replay.__self__.launches)
+    assert counts.pop(("layers", 0, 3, "token")) <= 6 + 3 * 13 + 2  # a step of vanilla decoding
+    assert counts.pop(("layers", 1, 3, "chain")) <= 4 + 2 * 13 + 2  # a verification
+    assert counts.pop("to exit") <= 7 + 13 and counts.pop("draft") <= 24  # a greedy draft step
+    assert counts.pop("sample") <= 36 and not counts  # the choices of eight rows
 
 
 @pytest.fixture(scope="module")

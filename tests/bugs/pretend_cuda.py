@@ -3,8 +3,10 @@ GRAPHS = "support/graphs.py"
 ATTENTION = "support/attention.py"
 BUGS = [
     ("a host value is frozen into a recording", GRAPHS,
-     "model.step(numbers[:1], numbers[1], view,", "model.step(numbers[:1], start, view,"),
-    ("a CPU tensor in a step", ATTENTION, "torch.arange(length, device=positions.device)",
+     "width), numbers[1:],", "width), numbers[1:] - numbers[1] + start,"),
+    ("an answer is read before it has come", "support/device.py",
+     "ready.synchronize() or copy", "copy"),
+    ("a CPU tensor in a step", ATTENTION, "torch.arange(length, device=device)",
      "torch.arange(length)"),
     ("an .item() in a step", "llama.py",
      "        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)\n",
@@ -16,6 +18,6 @@ BUGS = [
      "            static.copy_(tensor, non_blocking=True)\n", "            pass\n"),
     ("a second sync a round", "kangaroo.py", "        choices, finite = torch.stack(",
      "        logits.sum().item()\n        choices, finite = torch.stack("),
-    ("a mask of another dtype", ATTENTION, "torch.zeros_like(unseen, dtype=like.dtype)",
-     "torch.zeros_like(unseen, dtype=torch.float32)"),
+    ("a mask of another dtype", ATTENTION, "torch.full((), x, dtype=dtype, device=device)",
+     "torch.full((), x, device=device)"),
 ]

@@ -7,6 +7,6 @@ BUGS = [
     ("noise that can be infinite", "llama.py", ".clamp_(min=2 ** -54)", ".float()"),
     ("top-k keeps all equals", "llama.py", "~largest(scores, least, self.top_k)",
      "scores < least"),
-    ("top-p keeps all equals", "llama.py", "~largest(probs, least, len(probs) - cut)",
+    ("top-p keeps all equals", "llama.py", "~largest(probs, least, V - cut)",
      "probs < least"),
 ]

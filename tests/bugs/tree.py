@@ -4,9 +4,8 @@ BUGS = [
     ("the mask includes a sibling", "llama.py", "mask = make_mask(positions, cache.length,",
      "mask = make_mask(positions + (cache.slots is not None), cache.length,"),
     ("RoPE's position is the slot, not the depth", "llama.py",
-     "angle = positions[:, None].float()",
-     "slots = positions if cache is None or cache.slots is None else cache.slots\n"
-     "        angle = slots[:, None].float()"),
+     ".index_select(1, positions)",
+     ".index_select(1, positions if cache.slots is None else cache.slots)"),
     ("values are summed in the order of slots", ATTENTION,
      "    (_, T, H, D), (_, S, K, _) = q.shape, k.shape\n",
      "    (_, T, H, D), (_, S, K, _) = q.shape, k.shape\n"
