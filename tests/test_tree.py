@@ -127,7 +127,7 @@ def test_any_tree_gives_the_bits_of_vanilla(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("width, dtype", some(product([12, 16, 32], DTYPES), 2), ids=str)
+@pytest.mark.parametrize("width, dtype", some(product([12, 16, 32], DTYPES), 4), ids=str)
 def test_every_node_has_the_bits_of_its_path(device, dtype, width):
     """All rows of a step, not only accepted ones, in a model wide enough to round: other keys in
     sight, another order of summation, another position."""
