@@ -93,7 +93,8 @@ class KVCache:
         return -(-end // block) * block
 
     def view(self, end):
-        """The blocks that cover positions 0 … end − 1, in the same memory: what attention costs."""
+        """The blocks that cover positions 0 … end − 1, sharing memory. Attention costs what is in
+        view, not what there is room for."""
         return KVCache(self.rows, self.in_view(end, self.rows.device), self.width, self.layers)
 
     def room(self, start):

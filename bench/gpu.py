@@ -119,17 +119,23 @@ def random_module(cls, config, device, dtype):
     return use_fast_norms(module).eval()
 
 
-def random_decoder(name, config, exit_layer, architecture, device, dtype, compile=False):
+def random_decoder(name, config, exit_layer, architecture, device, dtype):
     """A Decoder without text, for a shape alone."""
     model = random_module(Llama, config, device, dtype)
     adapter = random_module(ADAPTERS[architecture], replace(config, num_hidden_layers=1), device,
                             dtype)
-    if device.type == "cuda":  # a CPU's weights would be copied
-        pack(model, WIDTH), pack(adapter, WIDTH)
-    if compile:
-        fuse_pointwise(model, adapter)
     decoder = Decoder(Path(name), model, None, "none", None)
     decoder.adapter = describe(adapter, "random", {}, exit_layer)
+    return decoder
+
+
+def prepare(decoder, compile=False):
+    """What `load` does with a decoder's modules on a GPU. (A CPU's weights it would copy.)"""
+    modules = decoder.model, decoder.adapter
+    for module in modules if decoder.device.type == "cuda" else ():
+        pack(module, WIDTH)
+    if compile:
+        fuse_pointwise(*modules)
     return decoder
 
 
@@ -334,15 +340,15 @@ def figures(found, decoder, args, device, shipped, rates=RATES):
 
 
 def shape(name, found, args, device, dtype):
-    decoder = random_decoder(name, *(TINY_SHAPE if args.tiny else SHAPES[name]), device, dtype,
-                             args.compile)
-    yield from figures(found, decoder, args, device, False,
+    decoder = random_decoder(name, *(TINY_SHAPE if args.tiny else SHAPES[name]), device, dtype)
+    yield from figures(found, prepare(decoder, args.compile), args, device, False,
                        SMALL_RATES if name == "135M" else RATES)
 
 
-# What else there might be: the settings of support/attention.py, the width, whether it is compiled,
-# which stays so. All are measured in the order of what they decide.
-CHOICES = {"as it is": {}, "chunks from 512 on": {"LONG": 512}, "no chunks": {"LONG": 10 ** 9},
+# What else there might be: the settings of support/attention.py, the width, modules as llama.py has
+# them, and compiled ones. In this order, for what was prepared stays so.
+CHOICES = {"plain modules": {"plain": True}, "as it is": {},
+           "chunks from 512 on": {"LONG": 512}, "no chunks": {"LONG": 10 ** 9},
            "width 16": {"width": TREE_WIDTH}, "compiled": {"compile": True},
            "compiled, chunks from 512 on": {"compile": True, "LONG": 512}}
 
@@ -354,8 +360,8 @@ def choices(name, found, args, device, dtype):
     done = {(row["choice"], row["context"]) for row in found.setdefault("choices", [])}
     for choice, settings in CHOICES.items():
         missing = [context for context in contexts if (choice, context) not in done]
-        if missing and "compile" in settings and not args.tiny:
-            fuse_pointwise(decoder.model, decoder.adapter)
+        if missing and "plain" not in settings:
+            prepare(decoder, "compile" in settings and not args.tiny)
         with mock.patch.object(attention, "LONG", settings.get("LONG", attention.LONG)):
             bench, width = Bench(decoder, 1), settings.get("width", WIDTH)
             bench.graphed.width = width

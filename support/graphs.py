@@ -479,7 +479,7 @@ class GraphedChain(ChainDrafter):
             x = adapter(states.index_select(1, rows), positions, own.view())
             drafted = GivenNoise(bare, *noise).candidates(head(x[0].index_select(0, late)), 0)
             newest.copy_(drafted[0, 0, :1])
-            return drafted,
+            return (drafted,)
 
         # The adapter's rows are this position or, if it is a row late, the one before and this one;
         # dead ones are zeros, as the last of the states always is.

@@ -73,7 +73,8 @@ def test_replays_decode_as_kernels_do(gpu, monkeypatch, kind, sampler, dtype, gr
     With one host sync a round and one a draft step, and no copy that may make the host wait.
     """
     width, candidates = WIDTHS[kind]
-    config = replace(TINY, num_hidden_layers=2, num_key_value_heads=4 // group)
+    config = replace(TINY, num_hidden_layers=2, num_key_value_heads=4 // group,
+                     vocab_size=39 + group)  # a multiple of 4, or not: see GivenNoise
     model = random_model(config, 3, dtype, "cuda", packed_for=width)
     graphed, grown = GraphedLlama(model, (width,)), []
     children = TreeDrafter.children
