@@ -109,7 +109,7 @@ def attentions(shape, random, views):
                         mask = mask.repeat(heads // kv_heads, 1).clamp_(min=-30000)
                     yield f"attention {words}, {T} rows, {S} positions", [
                         partial(attention.attend_by_group, q, *both, mask) for both in caches], size
-            ends, keys, used = (torch.tensor(x, device=device, dtype=torch.int32)
+            ends, keys, used = (torch.tensor(x, dtype=torch.int32).to(device)
                                 for x in ([0, T], [0, S], [S - 200 + T]))
             flash = torch.ops.aten._flash_attention_forward
             yield f"attention by flash, {T} rows, {S} positions", [
