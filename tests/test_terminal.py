@@ -152,6 +152,13 @@ def decoder(folder):
     return decoder
 
 
+def test_the_table_names_what_a_drafter_has(decoder):
+    """Guards drafters/table.py, which the command line believes: a setting that it refuses though
+    the drafter has it, or the other way round."""
+    for name, entry in DRAFTERS.items():
+        assert name == "none" or {*entry.settings} == {*entry.cls.usual(decoder)}, name
+
+
 @pytest.mark.parametrize("drafter", list(DRAFTERS))
 def test_a_draft_is_told_before_it_is_verified(decoder, drafter):
     """Of every drafter: what was told last before a round is its draft, of a tree one path; the

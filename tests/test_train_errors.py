@@ -6,7 +6,8 @@ import signal
 import sys
 
 import train_adapter
-from support import progress
+from drafters.adapters import ADAPTERS
+from support import progress, training_options
 from support.data import is_held_out
 from train_adapter import LOSSES
 
@@ -37,7 +38,9 @@ from training import LONG, same_weights, sentences, share_gpt, stop_at
                                                           "drafters/train_medusa.py"]),
                           (["--learn", "text", "--loss", "hard"], ["--loss hard", "--learn text"]),
                           (["--chat", "alpaca"], ["--chat alpaca", "chatml"]),
-                          (["--init", "nowhere"], "nowhere"), (["--dtype", "int8"], "--dtype int8"),
+                          (["--init", "nowhere"], "nowhere"), (["--norm", 0], "--norm 0"),
+                          (["--norm", 1, "--init", "x"], ["--norm 1", "--init"]),
+                          (["--dtype", "int8"], "--dtype int8"),
                           (["--device", "tpu"], "--device tpu"), (["--colour"], "--colour"),
                           (["--max-length", 2], "--max-length 2"),
                           (["--seed", 2 ** 64], "--seed 18446744073709551616"),
@@ -51,6 +54,12 @@ def test_a_wrong_option_is_refused(train, args, parts):
     assert status == 2 and lines[-1].startswith(
         "train_adapter.py: ") and "Traceback" not in err, err
     assert all(part in lines[-1] for part in ([parts] if isinstance(parts, str) else parts)), err
+
+
+def test_the_options_know_every_loss_and_architecture():
+    """They are told before PyTorch is there, in which the functions and classes are written."""
+    assert training_options.LOSSES == tuple(train_adapter.LOSSES)
+    assert training_options.ARCHITECTURES == tuple(ADAPTERS)
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
@@ -109,6 +118,13 @@ def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
     bars = ["█" * n + "░" * (10 - n) for n in (3, 6, 10)]
     assert [line[:10] for line in live] == bars[:2] and all(len(line) == 49 for line in live)
     assert last.startswith(bars[2]) and last.count("\n") == 1
+    monkeypatch.setenv("TERM", "dumb")  # it knows no codes: a line an update
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = train_adapter.Progress(tmp_path / "log.jsonl", 3)
+    for step in (1, 2, 3):
+        progress.report(step, {"loss": 1.0, "acceptance": 0.5, "agreement": 0.5}, 100)
+    assert [line[:10] for line in sys.stderr.getvalue().splitlines()] == bars
+    assert "\033" not in sys.stderr.getvalue()
 
 
 @pytest.mark.parametrize("name", ["out", "out/deeper"])
