@@ -145,6 +145,18 @@ def test_graphs_on_is_graphs_off(seed, dtype, packed, kind, adapter, exit_layer,
         assert graphed.graphs.record.replays
 
 
+@pytest.mark.parametrize("width", [2, 4])
+def test_dead_rows_of_a_draft_are_zeros(width):
+    """An example of the property above, which meets it by luck: the caches have them, too."""
+    with block(16):
+        model = random_model()
+        options = dict(adapter=ADAPTERS["random"](model, 0), exit_layer=0, threshold=0.0,
+                       candidates=1, sampler=Sampler(), steps=width - 1, width=width)
+        graphed = GraphedLlama(model, (width,), StandIn())
+        assert_same(decode(graphed, "kangaroo", [1, 2, 3], 30, **options),
+                    decode(model, "kangaroo", [1, 2, 3], 30, **options))
+
+
 def recordings(graphed, name="layers"):
     """The keys of recordings: (name, …, length of the view, memory of the cache)."""
     return [key for key in graphed.graphs.recordings if key[0] == name]
