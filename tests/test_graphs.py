@@ -153,8 +153,8 @@ def test_dead_rows_of_a_draft_are_zeros(width):
         options = dict(adapter=ADAPTERS["random"](model, 0), exit_layer=0, threshold=0.0,
                        candidates=1, sampler=Sampler(), steps=width - 1, width=width)
         graphed = GraphedLlama(model, (width,), StandIn())
-        assert_same(decode(graphed, "kangaroo", [1, 2, 3], 30, **options),
-                    decode(model, "kangaroo", [1, 2, 3], 30, **options))
+        assert_same(decode(graphed, "kangaroo", [1], 30, **options),
+                    decode(model, "kangaroo", [1], 30, **options))
 
 
 def recordings(graphed, name="layers"):
