@@ -10,7 +10,7 @@ from pathlib import Path
 from drafters.table import ADAPTER, DRAFTERS, drafter_named, parts_needed
 from support.chat import CHAT_TEMPLATES
 from support.errors import require
-from support.limits import TREE_WIDTH, check_sampling, check_settings, check_width
+from support.limits import TREE_WIDTH, check_dtype, check_sampling, check_settings, check_width
 from support.program import Parser, formatter, options
 
 EXAMPLES = """examples:
@@ -128,6 +128,7 @@ def refuse_wrong_values(args):
     for name in "max_new_tokens", "samples", "repeats":
         value = getattr(args, name)
         require(value is None or value >= 1, f"{flag_of(name)} {value}: must be at least 1")
+    check_dtype(args.dtype)
     check_sampling(args.temperature, args.top_k or 0, 1.0 if args.top_p is None else args.top_p)
     if args.width is not None:
         check_width(args.width)

@@ -34,7 +34,7 @@ from support.graphs import (
     fuse_pointwise,
     graph_part,
 )
-from support.limits import check_width
+from support.limits import check_dtype, check_width
 from support.packing import pack
 from support.self_check import find_nonfinite, rows_are_alike
 from support.terminal import say
@@ -63,9 +63,8 @@ def pick_device_and_dtype(device=None, dtype=None, tf32=False):
             f"--device {device}: PyTorch sees {count} CUDA devices here")
     fast = device.type == "cuda" or (torch.backends.mkldnn.is_available()
                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    check_dtype(dtype)
     dtype = dtype or ("bfloat16" if fast else "float32")
-    require(dtype in ("float32", "bfloat16", "float16"),
-            f"--dtype {dtype}: not supported, choose float32, bfloat16 or float16")
     if device.type == "cuda":
         exact_kernels(tf32)
     return device, getattr(torch, dtype)

@@ -10,6 +10,13 @@ CHAIN_WIDTH = 8  # steps of up to 8 rows hold a chain, and use PyTorch's fused a
 TREE_WIDTH = 16  # for a tree, if none is given; a wide step costs vanilla decoding more, too
 MAX_WIDTH = 64   # a step of more rows might not fit in a block of the cache
 
+DTYPES = "float32", "bfloat16", "float16"
+
+
+def check_dtype(dtype):
+    require(dtype is None or dtype in DTYPES,
+            f"--dtype {dtype}: not supported, choose {', '.join(DTYPES[:2])} or {DTYPES[2]}")
+
 
 def check_width(width):
     require(1 <= width <= MAX_WIDTH, f"--width {width}: must be from 1 to {MAX_WIDTH}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from support.errors import UserError, require
 from support.files import lock, remove_parts, require_folder
+from support.limits import check_dtype
 from support.program import Parser, formatter, options, refuse_below_one
 
 LEARN = "target", "text"
@@ -100,6 +101,7 @@ def refuse_wrong_values(args):
     require(0 < args.lr < math.inf, f"--lr {args.lr}: must be above 0")
     require(-2 ** 63 <= args.seed < 2 ** 63, f"--seed {args.seed}: must be an integer of 64 bits")
     require_one_of("loss", args.loss, LOSSES)
+    check_dtype(args.dtype)
     require(args.max_length <= args.batch_tokens,
             f"--max-length {args.max_length}: must be at most --batch-tokens {args.batch_tokens}")
 

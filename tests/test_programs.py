@@ -262,7 +262,8 @@ def run_with_torch(tmp_path, instead, line):
 @pytest.mark.parametrize("line, status", [
     ("kangaroo.py --help", 0), ("kangaroo.py a --top-p 2 --temperature 1", 2),
     ("kangaroo.py a --drafter lookup --tree", 2), ("kangaroo.py a --chat none --width 99", 2),
-    ("kangaroo.py --prompts absent", 2), ("kangaroo.py --model absent a", 2),
+    ("kangaroo.py a --dtype float8", 2), ("kangaroo.py --prompts absent", 2),
+    ("kangaroo.py --model absent a", 2),
     ("train_adapter.py --help", 0), ("train_adapter.py --model absent --data a --out b", 2)])
 def test_errors_of_the_command_line_need_no_pytorch(tmp_path, line, status):
     """Guards the second that importing it takes."""
