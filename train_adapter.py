@@ -64,7 +64,7 @@ import torch
 import torch.nn.functional as F
 
 # Of p (n, V), the target's distribution, and log q, the adapter's -> (n,). Compared in
-# docs/training.md.
+# docs/lab.md.
 LOSSES = {"cross-entropy": lambda p, log_q: -(p * log_q).sum(-1),
           "reverse": lambda p, log_q: (log_q.exp() * (log_q - p.clamp(min=1e-30).log())).sum(-1),
           "acceptance": lambda p, log_q: -overlap(p, log_q).clamp(min=1e-6).log(),
@@ -236,8 +236,8 @@ def in_half(states):
 # --------------------------------------------------------------------------------------------------
 # One step
 
-BETAS = 0.9, 0.95   # of AdamW; a longer memory adds nothing (docs/training.md)
-WEIGHT_DECAY = 0.0  # 0.1 adds nothing (docs/training.md)
+BETAS = 0.9, 0.95   # of AdamW; a longer memory adds nothing (docs/lab.md)
+WEIGHT_DECAY = 0.0  # 0.1 adds nothing (docs/lab.md)
 CLIP = 1.0          # the largest norm of a gradient: usual, for the first updates
 
 
