@@ -30,9 +30,8 @@ class FastRMSNorm(RMSNorm):
     """RMSNorm in few kernels: the variance of (x, −x) is the mean square of x.
 
     F.layer_norm is one kernel where F.rms_norm was ten on a CPU, and at decode size the cost is the
-    number of kernels, not their work. In PyTorch 2.13 F.rms_norm is as fast: 13 µs for 8 rows of
-    192 numbers where this is 14. It stays for older releases, and because all figures have its
-    rounding.
+    number of kernels, not their work. In PyTorch 2.13 F.rms_norm is one too, as fast in float32,
+    and slower in 16 bits: 12.5 µs for 8 rows of 192 numbers in bfloat16 where this takes 10.
     """
 
     def __init__(self, norm):
