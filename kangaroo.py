@@ -148,9 +148,8 @@ def generate(model, drafter, prompt, max_new_tokens, steps=STEPS, sampler=None, 
         x = ids[-1:] + draft.tokens if draft.hidden is None else draft.hidden
         h = model.step(x, start, cache, drafter.depth, n_layers, draft.parents)
         logits = model.logits(h)[0, :len(draft.tokens) + 1]
-        choices = sampler.choose(logits, start + 1, draft.levels())  # what it says after each node
-        finite = logits.isfinite().all(-1)
-        choices, finite = torch.stack((choices, finite)).tolist()  # one host sync
+        # What it says after each node, and whether it is finite there: one host sync.
+        choices, finite = sampler.judge(logits, start + 1, draft.levels()).tolist()
         if not all(finite):
             raise NotFinite(ids + draft.tokens, dtype)
         if not all(map(math.isfinite, draft.confidence)):

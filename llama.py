@@ -16,10 +16,9 @@ vanilla decoding.
 - **One noise.** The random numbers that choose the token at position t depend on (seed, t) alone
   (`Sampler`).
 
-Left out on purpose: files (`support/checkpoint.py`), text (`support/tokenizer.py`), which attention
-kernel runs where (`support/attention.py`), faster layouts (`support/packing.py`), batched decoding,
-quantisation, other architectures. Names are Hugging Face's. Follows transformers' modeling_llama.py
-for the arithmetic and gpt-fast for a cache that is addressed by position. Next: `train_adapter.py`.
+Left out on purpose: files (`support/checkpoint.py`), text (`support/tokenizer.py`), faster layouts
+(`support/packing.py`), batches, quantisation, other architectures. Names are Hugging Face's. The
+arithmetic follows transformers' modeling_llama.py. Next: `train_adapter.py`.
 """
 import hashlib
 import math
@@ -136,8 +135,7 @@ def one_shape(x, start, cache, parents=None):
     slot holds which position on the row's path: `columns`, with an example in support/attention.py.
     """
     width, T = cache.width, x.shape[1]
-    # The first row's node: x may hold only the newest nodes of the tree.
-    first = 0 if parents is None else 1 + len(parents) - T
+    first = 0 if parents is None else 1 + len(parents) - T  # x may hold only the newest nodes
     slots = torch.arange(first, first + width, device=x.device) + start
     x, view = F.pad(x, (0, 0, 0, width - T)), cache.view(start + width)
     if width > CHAIN_WIDTH:
@@ -188,8 +186,7 @@ class RMSNorm(nn.Module):
 @lru_cache(maxsize=None)  # noqa: UP033 — kept for ever: a CUDA graph may hold its address
 def inverse_frequencies(config, device):
     """RoPE's angle per position, (head_dim / 2,) float32; see transformers' modeling_rope_utils."""
-    inv_freq = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    inv_freq = 1.0 / config.rope_theta ** inv_freq
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_type == "linear":
         factor, = config.rope_scaling
         inv_freq = inv_freq / factor
@@ -387,8 +384,7 @@ def gumbel_noise(seed, position, vocab_size, device):
 
     It comes from the CPU, so that it is the same on every device.
     """
-    # The generator takes 32 bits of a seed.
-    key = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=4).digest()
+    key = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=4).digest()  # 32 bits
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
     # Multiples of 2⁻⁵³, below 1, and above 0 once clamped. In float32 some would round to 1.
     u = torch.rand(vocab_size, generator=generator, dtype=torch.float64).clamp_(min=2 ** -54)
@@ -449,6 +445,11 @@ class Sampler:
         # max takes the first of equals, and is faster than argmax on a CPU.
         return self.perturbed(logits, position, depth).max(-1).indices
 
+    def judge(self, logits, position, depth=None):
+        """The token of each row, and whether all its logits are finite: (2, T), on the device."""
+        finite = logits.abs().amax(-1) < math.inf  # NaN is not, and amax passes it on
+        return torch.stack((self.choose(logits, position, depth), finite))
+
     def draw(self, logits, position, depth=None, k=1):
         """What a drafter proposes from the logits (T, V) of rows: of each up to k pairs of a token
         and how sure the drafter is, the likeliest first. Host syncs: one."""
@@ -457,8 +458,8 @@ class Sampler:
     def candidates(self, logits, position, depth=None, k=1):
         """What `draw` gives, on the device: (T, k, 2) float64, which holds an id exactly.
 
-        The ids are those that come nearest to being chosen, the chosen one first, or −1 for what
-        top-k and top-p exclude. The numbers are the k highest probabilities at this temperature.
+        The ids are those that come nearest to being chosen, −1 for what top-k and top-p exclude.
+        The numbers are the k highest probabilities at this temperature.
         """
         scaled = logits.float() / self.temperature if self.temperature else logits
         probabilities = scaled.softmax(-1, dtype=torch.float32)
@@ -480,8 +481,7 @@ class Sampler:
 
 def largest(values, least, n):
     """Which of values (…, V) are the n largest, the least of them given; of equals the first."""
-    equal = values == least
-    more = values > least
+    equal, more = values == least, values > least
     return more | equal & (equal.cumsum(-1) <= n - more.sum(-1, keepdim=True))
 
 

@@ -278,8 +278,8 @@ class Decoder:
         drafter = self.drafter(drafter, settings) if named else drafter
         eos = self.model.config.eos_token_ids if eos is None else eos
         width = width or self.width
-        if self.graphed and sampler:
-            sampler = GraphedSampler(sampler, self.model, width)
+        if self.graphed:
+            sampler = GraphedSampler(sampler or Sampler(), self.model, width)
         return self.explain_nan(generate(self.model, drafter, ids, max_new_tokens, settings.steps,
                                          sampler, eos, width))
 

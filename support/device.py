@@ -21,7 +21,7 @@ def to_host(tensor):
 
     In between the host can give a GPU more to do.
     """
-    copy = tensor.to("cpu", non_blocking=True)  # from a GPU to pinned memory
+    copy = tensor.to("cpu", non_blocking=True, copy=True)  # from a GPU to pinned memory
     if not tensor.is_cuda:
         return lambda: copy
     ready = torch.cuda.Event()

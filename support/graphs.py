@@ -189,7 +189,8 @@ class Graphs:
     def run(self, key, function, *tensors):
         """function(*tensors), a tuple of tensors: recorded when the key is new, else replayed.
 
-        Tensors of the host (`llama.pinned`) are copied to `device`.
+        The next replay, of any recording, may use their memory: who keeps them copies them. Tensors
+        of the host (`support.device.pinned`) are copied to `device`.
         """
         if key not in self.recordings:
             inputs = [self.static(*numbered) for numbered in enumerate(tensors)]
@@ -199,8 +200,7 @@ class Graphs:
         for static, tensor in zip(inputs, tensors, strict=True):
             static.copy_(tensor, non_blocking=True)
         replay()
-        # The next replay, of any recording, may use this memory.
-        return tuple(output.clone() for output in outputs)
+        return outputs
 
     def run_rows(self, key, function, most, *tensors):
         """function(*tensors), one tensor, where all have as many rows, 1 … `most`.
@@ -208,6 +208,7 @@ class Graphs:
         When the first number of rows is needed, all are recorded, the largest first.
         """
         if (*key, len(tensors[0])) not in self.recordings:
+            tensors = [t.clone() for t in tensors]  # recording may overwrite what a replay gave
             for n in range(most, 0, -1):
                 self.run((*key, n), function, *(t.new_zeros(n, *t.shape[1:]) for t in tensors))
         return self.run((*key, len(tensors[0])), function, *tensors)[0]
@@ -241,7 +242,8 @@ class GraphedLlama:
     def __init__(self, model, widths, record=None):
         self.model, self.widths, self.device = model, widths, model.norm.weight.device
         self.graphs = Graphs(record or CudaRecorder(self.device), self.device)
-        self.last_step = None, None  # its states after the last layer, and their logits
+        # Of the last step behind the last layer: states, their logits, what `Sampler().judge` says.
+        self.last_step = None, None, None
         self.capacity = 0  # positions that a KV cache has room for: growing means recording anew
         self.memory = {}  # by config: the KV cache that recordings know
         self.states = {}  # by an adapter's config: the exit layer's states that recordings know
@@ -285,37 +287,42 @@ class GraphedLlama:
         return any(cache.rows is memory.rows for memory in self.memory.values())
 
     def step(self, x, start, cache, first, last, parents=None):
-        """What `Llama.step` gives, replayed. Behind the last layer the LM head is recorded too."""
+        """What `Llama.step` gives, replayed. Behind the last layer the LM head and the greedy
+        choices are recorded too."""
         model, width = self.model, cache.width
         if width not in self.widths or not self.knows(cache):
             return model.step(x, start, cache, first, last, parents)
 
-        def with_logits(h):
-            return (h, model.logits(h)) if last == len(model.layers) else (h,)
+        def judged(h):
+            if last < len(model.layers):
+                return (h,)
+            logits = model.logits(h)
+            return h, logits, Sampler().judge(logits[0], 0)
 
         view, name = FixedView(cache.view(start + width)), ("layers", first, last)
         positions = range(start, start + width)
         if not torch.is_tensor(x) and len(x) == 1 and not parents:  # embedded in the recording
             def token_step(numbers):
-                return with_logits(model.run_layers(
+                return judged(model.run_layers(
                     embed_one(model, numbers[:1], width), numbers[1:], view.view(), first, last))
 
             outputs = self.graphs.run((*name, "token", width, *view.key), token_step,
                                       pinned([*x, *positions], self.device))
         elif width <= CHAIN_WIDTH:
             def chain_step(x, positions):
-                return with_logits(model.run_layers(x, positions, view.view(), first, last))
+                return judged(model.run_layers(x, positions, view.view(), first, last))
 
             x = x if torch.is_tensor(x) else model.embed(x)
             x, positions = F.pad(x, (0, 0, 0, width - x.shape[1])), pinned(positions, self.device)
             outputs = self.graphs.run((*name, "chain", width, *view.key), chain_step, x, positions)
         else:
             x = x if torch.is_tensor(x) else model.embed(x)
-            outputs = self.replay(name, lambda *step: with_logits(
+            outputs = self.replay(name, lambda *step: judged(
                 model.run_layers(*step, first, last)), *one_shape(x, start, cache, parents))
-        if len(outputs) == 2:
-            self.last_step = outputs
-        return outputs[0]
+        h = outputs[0].clone()  # kept: by the drafter, or for it
+        if len(outputs) == 3:
+            self.last_step = h, *outputs[1:]
+        return h
 
     def replay(self, name, function, x, positions, cache):
         """function(x, positions, cache), whatever the tree of the rows is."""
@@ -331,7 +338,7 @@ class GraphedLlama:
 
     def logits(self, x):
         """What the last step's recording has computed, if they are asked for its states."""
-        states, logits = self.last_step
+        states, logits, _ = self.last_step
         return logits if x is states else self.model.logits(x)
 
     def views(self, first, last, width):
@@ -424,11 +431,18 @@ def noise_of(sampler, positions, model):
 
 
 class GraphedSampler(Sampler):
-    """A sampler whose choice is replayed for `width` rows, as those of a verification."""
+    """A sampler whose choices are replayed, for `width` rows, as those of a verification; or if it
+    is greedy have been, in the step's recording."""
 
     def __init__(self, sampler, model, width):
         super().__init__(*settings_of(sampler), sampler.seed)
         self.model, self.width = model, width
+
+    def judge(self, logits, position, depth=None):
+        _, recorded, judged = self.model.last_step
+        if self.temperature or recorded is None or logits.data_ptr() != recorded.data_ptr():
+            return super().judge(logits, position, depth)
+        return judged[:, :len(logits)]
 
     def choose(self, logits, position, depth=None):
         if not self.temperature:  # a single kernel

@@ -29,7 +29,7 @@ def rows_are_alike(model, width, start=None):
     x = model.embed(torch.randint(model.config.vocab_size, (width,), generator=generator).tolist())
 
     def step(x, start, cache, parents=None):
-        return model.logits(model.step(x, start, cache, 0, depth, parents))[0]
+        return model.logits(model.step(x, start, cache, 0, depth, parents))[0].clone()
 
     chain, branches = list(range(width - 1)), [max(0, node - 1) for node in range(width - 1)]
     for parents in (chain, branches) if width > CHAIN_WIDTH else (chain,):

@@ -255,7 +255,7 @@ def test_calls_outside_of_recordings():
     of a draft step, and, inside of recordings, of a layer."""
     model = random_model()
     graphed, adapter = GraphedLlama(model, (8,), in_silence), random_adapter(model)
-    graphed.capacity = 200
+    graphed.capacity, sampler = 200, GraphedSampler(Sampler(), graphed, 8)
 
     def calls(rounds):
         begin = next(rounds)
@@ -264,18 +264,18 @@ def test_calls_outside_of_recordings():
         return found.count, len(rounds) - 1, sum(len(r.draft.tokens) for r in rounds[1:])
 
     def vanilla():
-        return calls(generate(graphed, NoDrafter(graphed), [1, 2], 30))
+        return calls(generate(graphed, NoDrafter(graphed), [1, 2], 30, sampler=sampler))
 
     def kangaroo(steps):
         drafter = make_drafter(graphed, adapter, 1, -1.0)
-        return calls(generate(graphed, drafter, [1, 2], 30, steps))
+        return calls(generate(graphed, drafter, [1, 2], 30, steps, sampler))
 
     vanilla(), kangaroo(7)  # record
     count, rounds, _ = vanilla()
-    assert count / rounds <= 8
+    assert count / rounds <= 3
     a, b = kangaroo(2), kangaroo(7)
-    a_round = 14  # without a draft step: the first token's way to the exit, verification
-    assert all(count <= a_round * rounds + 5 * drafted for count, rounds, drafted in (a, b))
+    a_round = 9  # without a draft step: the first token's way to the exit, verification
+    assert all(count <= a_round * rounds + 4 * drafted for count, rounds, drafted in (a, b))
     counts = []
     for layers in (1, 3):
         with torch.inference_mode(), Calls() as found:
@@ -330,18 +330,17 @@ def test_nothing_is_recorded_after_the_warm_up(drafter, sampler, tmp_path):
 
 
 def test_static_buffers():
-    """Inputs are copied in before each replay, outputs out after it; the caller's tensors are never
-    the recording's."""
+    """Inputs are copied in before each replay, and the caller's tensors are never the recording's.
+    Outputs are the recording's: the next replay overwrites them."""
     stand_in = StandIn()
     graphs, x = Graphs(stand_in), torch.ones(3)
     first = graphs.run("double", lambda x: (2 * x,), x)[0]
+    assert first.tolist() == [2] * 3
     # The recording counts, not the function of the second call.
     second = graphs.run("double", lambda x: (0 * x,), 5 * x)[0]
-    assert (first.tolist(), second.tolist(), x.tolist()) == ([2] * 3, [10] * 3, [1] * 3)
+    assert second.tolist() == [10] * 3 and second is first and x.tolist() == [1] * 3
     assert len(stand_in.functions) == 1 and stand_in.replays == 2
-    static = graphs.recordings["double"][1][0]
-    assert static is not x and not any(out.data_ptr() == y.data_ptr()
-                                       for out in stand_in.outputs[0] for y in (first, second))
+    assert graphs.recordings["double"][1][0].data_ptr() != x.data_ptr()
 
 
 def test_padding_and_other_shapes():

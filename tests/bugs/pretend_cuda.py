@@ -16,8 +16,8 @@ BUGS = [
      "            with torch.cuda.stream(self.stream):\n                function(*inputs)\n", ""),
     ("a replay finds the first input", GRAPHS,
      "            static.copy_(tensor, non_blocking=True)\n", "            pass\n"),
-    ("a second sync a round", "kangaroo.py", "        choices, finite = torch.stack(",
-     "        logits.sum().item()\n        choices, finite = torch.stack("),
+    ("a second sync a round", "kangaroo.py", "        choices, finite = sampler.judge(",
+     "        logits.sum().item()\n        choices, finite = sampler.judge("),
     ("a mask of another dtype", ATTENTION, "torch.full((), x, dtype=dtype, device=device)",
      "torch.full((), x, device=device)"),
 ]

@@ -23,7 +23,7 @@ BUGS = [
     ("a leaf is taken for a node that the adapter has seen", "drafters/tree.py",
      "self.seen += sum(node < adapted for node in path)", "self.seen += len(path)"),
     ("verifier's noise keyed by node", "kangaroo.py",
-     "sampler.choose(logits, start + 1, draft.levels())", "sampler.choose(logits, start + 1)"),
+     "sampler.judge(logits, start + 1, draft.levels())", "sampler.judge(logits, start + 1)"),
     ("drafter's noise keyed by node", "drafters/tree.py",
      "[node.depth for node in rows]", "range(first, first + len(rows))"),
     ("the tree grows by a node's own confidence", "drafters/tree.py", "p, node.product * p)",
