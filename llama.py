@@ -27,7 +27,7 @@ from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
-from support.attention import attend, make_mask
+from support.attention import attend, make_mask, merge_chunks
 from support.device import to_device
 from support.limits import CHAIN_WIDTH, check_sampling
 
@@ -158,9 +158,7 @@ def one_shape(x, start, cache, parents=None):
 # The model
 
 class Linear(nn.Module):
-    """y = x Wᵀ, no bias.
-
-    `parts` names the projections stacked in W and their rows: one product instead of three.
+    """y = x Wᵀ. `parts` names the projections stacked in W, and their rows: one product, not three.
     """
 
     def __init__(self, in_features, **parts):
@@ -266,7 +264,8 @@ def silu_and_multiply(gate_up):
 
 class Attention(nn.Module):
     """Causal grouped-query self-attention with RoPE, of the target's layers and of the adapter."""
-    rotate_and_write = staticmethod(rotate_and_write)  # a hook: support/graphs.py has it compiled
+    # Hooks: support/graphs.py has them compiled.
+    rotate_and_write, merge = staticmethod(rotate_and_write), staticmethod(merge_chunks)
 
     def __init__(self, config):
         super().__init__()
@@ -288,7 +287,7 @@ class Attention(nn.Module):
             both = cache.layers[layer]
             q = self.rotate_and_write(qkv, self.heads, rows.cos, rows.sin, rows.slots, both)
             k, v = both[:, :, :cache.length]  # (1, S, K, D)
-        return attend(q, k, v, rows.mask, rows.columns, rows.shared).flatten(2)
+        return attend(q, k, v, rows.mask, rows.columns, rows.shared, self.merge).flatten(2)
 
 
 class MLP(nn.Module):

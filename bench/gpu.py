@@ -66,7 +66,14 @@ from support.decoder import DEFAULT_MODEL, Decoder, Settings, load, pick_device_
 from support.device import pinned
 from support.errors import UserError
 from support.files import write_atomically
-from support.graphs import CudaRecorder, GraphedChain, direct_recorder, fuse_pointwise
+from support.graphs import (
+    CudaRecorder,
+    GraphedChain,
+    GraphedLlama,
+    GraphedSampler,
+    direct_recorder,
+    fuse_pointwise,
+)
 from support.limits import TREE_WIDTH
 from support.packing import pack, use_fast_norms
 from support.program import refuse_below_one, run_program
@@ -208,9 +215,12 @@ class Bench:
         drafter = kind(decoder.model, decoder.adapter, decoder.adapter.exit_layer)
         return drafter.control(text, rate, stops, steps)
 
-    def decode(self, drafter, prompt, n, width=WIDTH, steps=STEPS, sampler=None, eos=()):
+    def decode(self, drafter, prompt, n, width=WIDTH, steps=STEPS, eos=()):
         """(seconds per token after the first round, which prefills; all tokens; rate)"""
-        rounds = generate(drafter.model, drafter, prompt, n, steps, sampler, eos, width)
+        model, sampler = drafter.model, Sampler()
+        if isinstance(model, GraphedLlama):
+            sampler = GraphedSampler(sampler, model, width)
+        rounds = generate(model, drafter, prompt, n, steps, sampler, eos, width)
         done = [next(rounds).tokens]
         rest, seconds = stopwatch(list, rounds)  # each round ends with a host sync
         done += [r.tokens for r in rest]
@@ -220,7 +230,8 @@ class Bench:
     @torch.inference_mode()
     def parts(self, prompt, repeats):
         """Seconds of one draft step and of one verification, medians, right behind the prompt."""
-        decoder, model, sampler = self.graphed, self.graphed.model, Sampler()
+        decoder, model = self.graphed, self.graphed.model
+        sampler = GraphedSampler(Sampler(), model, WIDTH)
         drafter = decoder.drafter(settings=Settings(steps=STEPS, threshold=-1.0))
         start, drafts, verifications = len(prompt) - 1, {1: [], STEPS: []}, []
         cache = model.new_cache(len(prompt) + 2 * WIDTH, WIDTH)
@@ -234,7 +245,7 @@ class Bench:
         def verify(draft):
             h = model.step(draft.hidden, start, cache, drafter.depth, len(model.layers))
             logits = model.logits(h)[0, :len(draft.tokens) + 1]
-            sampler.choose(logits, start + 1).tolist()
+            sampler.judge(logits, start + 1).tolist()
 
         for _ in range(repeats + 1):
             for n, seconds in drafts.items():

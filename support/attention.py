@@ -50,23 +50,29 @@ def make_mask(positions, length, like, group, in_order):
     return mask
 
 
-def attend(q, k, v, mask, columns=None, shared=0):
+def merge_chunks(y, logsumexp):
+    """What a row makes of each chunk, y (N, …, D), by the chunk's share in it: (…, D) float32."""
+    return (logsumexp.softmax(0)[..., None] * y).sum(0)
+
+
+def attend(q, k, v, mask, columns=None, shared=0, merge=merge_chunks):
     """softmax(q kᵀ / √D) v for q (B, T, H, D) over the rows of k, v (B, S, K, D) that each sees.
 
     mask: of `make_mask`; None: causal. columns (T, S): the slot of each position on a row's path,
-    the first `shared` of which are the positions themselves; None: all are.
+    the first `shared` of which are the positions themselves; None: all are. merge: `merge_chunks`,
+    or it compiled.
     """
     if columns is not None:
         return attend_in_order(q, k, v, mask, columns, shared)
     if q.is_cuda and mask is not None:
-        return attend_by_group(q, k, v, mask)
+        return attend_by_group(q, k, v, mask, merge)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
         is_causal=mask is None, enable_gqa=q.shape[2] != k.shape[2])
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
-def attend_by_group(q, k, v, mask):
+def attend_by_group(q, k, v, mask, merge=merge_chunks):
     """Attention by kernels that know no groups: all heads of a group read the same keys.
 
     q (B, T, H, D); k, v (B, S, K, D), where H = G K; mask (T, S), or as `make_mask` has it; returns
@@ -75,7 +81,7 @@ def attend_by_group(q, k, v, mask):
     """
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     if B == 1 and T <= MAX_ROWS and S >= LONG and D % 8 == 0:
-        return attend_by_chunk(q, k, v, mask)
+        return attend_by_chunk(q, k, v, mask, merge)
     N = 1 if K in (1, H) else K
     q, k, v = (x.unflatten(2, (N, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (q, k, v))
     k, v = (x.expand(-1, H // N, -1, -1) for x in (k, v))  # (B N, H / N, S, D)
@@ -83,7 +89,7 @@ def attend_by_group(q, k, v, mask):
     return y.unflatten(0, (B, N)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def attend_by_chunk(q, k, v, mask):
+def attend_by_chunk(q, k, v, mask, merge):
     """Attention to chunks of the keys, merged: q (1, T, H, D), k, v (1, S, K, D), mask (R, S).
 
     A kernel that goes through the keys one after another keeps as many multiprocessors of a GPU
@@ -105,9 +111,9 @@ def attend_by_chunk(q, k, v, mask):
     else:
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         y, logsumexp = attention(q, k, v, attn_mask=mask)
-    share = logsumexp[..., :R].softmax(0)  # the kernel pads the rows
-    y = (share[..., None] * y).sum(0).view(K, -1, T, D).permute(2, 0, 1, 3)
-    return y.to(q.dtype, memory_format=torch.contiguous_format).reshape(1, T, H, D)
+    y = merge(y, logsumexp[..., :R]).view(K, -1, T, D)  # the kernel pads the rows
+    y = y.permute(2, 0, 1, 3).to(q.dtype, memory_format=torch.contiguous_format)
+    return y.reshape(1, T, H, D)
 
 
 def attend_in_order(q, k, v, mask, columns, shared):

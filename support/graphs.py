@@ -38,6 +38,7 @@ from llama import (
     rotate_and_write,
     silu_and_multiply,
 )
+from support.attention import merge_chunks
 from support.device import pinned, to_host
 from support.limits import CHAIN_WIDTH
 from support.packing import FUSED_NORM, FastRMSNorm, swap
@@ -80,7 +81,7 @@ def exact_kernels(tf32=False):
 
 def fuse_pointwise(*models, backend="inductor"):
     """Let torch.compile fuse chains of small operations of these modules: RoPE and writing to the
-    cache, SiLU times up, and the norm where PyTorch has no kernel for it.
+    cache, merging chunks of keys, SiLU times up, and the norm where PyTorch has no kernel for it.
 
     For both, who drafts and who does not, or for neither. Whole layers are not compiled: that would
     choose kernels by the length of the view, and take minutes.
@@ -89,11 +90,13 @@ def fuse_pointwise(*models, backend="inductor"):
         # fullgraph: what cannot be compiled is an error, not slow in silence.
         return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
 
-    rotate, multiply, norm = map(compiled, (rotate_and_write, silu_and_multiply, F.rms_norm))
+    rotate, merge, multiply, norm = map(compiled, (rotate_and_write, merge_chunks,
+                                                   silu_and_multiply, F.rms_norm))
     for model in models:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.rotate_and_write = rotate
+                module.merge = merge
             elif isinstance(module, MLP):
                 module.silu_and_multiply = multiply
         if not FUSED_NORM:

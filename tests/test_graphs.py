@@ -6,6 +6,7 @@ import warnings
 import weakref
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import llama
 from bench import common
@@ -15,7 +16,7 @@ from drafters.tree import TreeDrafter
 from kangaroo import KangarooDrafter, NoDrafter, generate
 from llama import CHAIN_WIDTH, MLP, Attention, RMSNorm, Sampler
 from support import graphs as module
-from support.attention import CHUNK, LONG, attend, attend_by_group
+from support.attention import CHUNK, LONG, attend, attend_by_group, merge_chunks
 from support.decoder import load
 from support.graphs import (
     CompiledRMSNorm,
@@ -492,10 +493,13 @@ def test_attention_by_chunk_is_attention(start):
         mask = torch.zeros(unseen.shape).double().masked_fill(unseen, -torch.inf)
         many = mask.repeat(heads // kv_heads, 1)
         many[:, -CHUNK:][:, 0].clamp_(min=-30000)
-        assert torch.allclose(attend_by_group(q, k, v, many), attend(q, k, v, mask), atol=1e-12)
+        merge = mock.Mock(side_effect=merge_chunks)  # which may be a compiled one
+        assert torch.allclose(attend_by_group(q, k, v, many, merge), attend(q, k, v, mask),
+                              atol=1e-12)
+        assert len(merge.call_args.args[0]) == k.shape[1] // CHUNK
 
 
-HOOKS = {"rotate_and_write": Attention, "silu_and_multiply": MLP}
+HOOKS = {"rotate_and_write": Attention, "merge": Attention, "silu_and_multiply": MLP}
 
 
 def compiled(model):
@@ -526,8 +530,8 @@ def test_compiled_pointwise_operations_are_the_same_functions(monkeypatch, fused
         if fuse:
             fuse_pointwise(model, backend="eager")
         found.append(two_steps(model))
-    assert compiled(model) == {"rotate_and_write": True, "silu_and_multiply": True,
-                               "norm": not fused_norm}
+    assert compiled(model) == {"rotate_and_write": True, "merge": True,
+                               "silu_and_multiply": True, "norm": not fused_norm}
     for before, after, again in zip(*found, strict=True):
         same = torch.equal if fused_norm else partial(torch.allclose, atol=1e-5)
         assert same(before, after)
