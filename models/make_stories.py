@@ -238,26 +238,24 @@ def introduction(figures, config):
         f"{figures['held_out_bits_per_word']:.3f} |",
         f"| entropy of the source, at most | {figures['source_nats_per_token']:.3f} | "
         f"{figures['source_bits_per_word']:.3f} |", "",
-        "Below are two stories greedy and two at temperature 0.8 (seeds 0 and 1), unpicked. Each "
-        "goes on from the first sentence (printed bold) of a story that the model has not seen. "
+        "Below are one story greedy and one at temperature 0.8 (seed 0), unpicked. Each goes on "
+        "from the first sentence (printed bold) of a story that the model has not seen. "
         "`python models/make_stories.py --samples` writes this page."]
 
 
 def write_samples(folder):
-    """README.md of the model: its figures, and four stories."""
+    """README.md of the model: its figures, and two stories."""
     figures = read_json(folder / "training.json")
     decoder = load(folder, device="cpu", dtype="bfloat16", adapter=False)
     lines = introduction(figures, decoder.model.config)
-    for title, sampler in (("Greedy", lambda i: Sampler()),
-                           ("Temperature 0.8", lambda i: Sampler(0.8, seed=i))):
-        lines += ["", f"## {title}"]
-        for i, (text, _) in enumerate(stories("samples", 2)):
-            prompt = text[:text.index(". ") + 1]
-            told, ended = continued(decoder, prompt, sampler(i))
-            end = "ended by itself" if ended else "cut at the end of the context"
-            paragraphs = (f"**{prompt}**" + told[len(prompt):]).split("\n")
-            lines += ["", f"{i + 1}. ({len(told.split())} words, {end}) "
-                      + "\n\n   ".join(paragraphs)]
+    [(text, _)] = stories("samples", 1)
+    prompt = text[:text.index(". ") + 1]
+    for title, sampler in (("Greedy", Sampler()), ("Temperature 0.8", Sampler(0.8))):
+        told, ended = continued(decoder, prompt, sampler)
+        end = "ended by itself" if ended else "cut at the end of the context"
+        paragraphs = (f"**{prompt}**" + told[len(prompt):]).split("\n")
+        lines += ["", f"## {title}", "",
+                  f"({len(told.split())} words, {end}) " + "\n\n".join(paragraphs)]
     write_atomically(folder / "README.md", ("\n".join(lines) + "\n").encode())
 
 
