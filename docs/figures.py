@@ -83,14 +83,12 @@ def load(name):
 def spec_bench():
     """The paper's table, ours above the paper's; what each method needs; the paper's Figure 1."""
     panels = {}
-    for name in (*MODELS, "smollm2-60"):
+    for name in MODELS:
         if not (results := load(f"spec_bench-{name}")):
             continue
-        summary = summarise(results)
-        if name in MODELS:
-            panels[name] = summary
+        panels[name] = summary = summarise(results)
         subtasks = [key for key in SUBTASKS if key in summary]
-        lines = methods_table(summary, subtasks, with_paper=name == "smollm2-60")
+        lines = methods_table(summary, subtasks, with_paper=name == "smollm2")
         tokens = summary["all"][summary["fastest"]]["tokens"]
         told = {**results, "settings": {key: value for key, value in results["settings"].items()
                                         if key != "methods"}}
