@@ -52,7 +52,7 @@ from support.checkpoint import (
     trained_weights,
     write_safetensors,
 )
-from support.data import batches_of, digest
+from support.data import digest
 from support.decoder import pick_device_and_dtype
 from support.errors import UserError, require
 from support.files import write_json
@@ -184,14 +184,13 @@ class TextTarget(Target):
 def updates(windows, args, target, done=0, rank=0, ranks=1):
     """Endless: (the place after it, this rank's States, tokens learned by all) of each update.
 
-    windows: (number, encoded documents) of each; of the first, `done` updates are past already. A
-    place is (window, updates of it that are past). Each update takes `args.batches` batches, dealt
-    to the ranks in turn: with any number of processes an update sees the same batches. All of it
-    follows from the seed and the place, which is what makes resuming exact.
+    windows: (number, batches) of each; of the first, `done` updates are past already. A place is
+    (window, updates of it that are past). Each update takes `args.batches` batches, dealt to the
+    ranks in turn: with any number of processes an update sees the same batches. All of it follows
+    from the seed and the place, which is what makes resuming exact.
     """
     keep = in_half if args.passes > 1 else lambda states: states
-    for window, examples in windows:
-        batches = batches_of(examples, args.batch_tokens)
+    for window, batches in windows:
         # A later window that falls short is skipped.
         require(window > 0 or len(batches) >= args.batches,
                 f"--window {args.window}: its documents fill {len(batches)} batches, --batches "

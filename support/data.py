@@ -1,6 +1,6 @@
 """Text files -> documents -> token ids, and which of them an adapter shall learn.
 
-    read_documents -> encode, by Windows -> batches_of
+    read_documents -> encode -> batches_of, both by Windows
 
 Nothing of the algorithm. UserError names file and line.
 """
@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import zlib
@@ -300,10 +301,10 @@ def prompt_of(document, tokenizer, template):
 
 
 class Windows:
-    """Encoded documents by the number of a window of them; shuffled anew in each epoch."""
+    """What `make` makes of a window of documents, by its number; shuffled anew in each epoch."""
 
-    def __init__(self, documents, size, seed, encode):
-        self.documents, self.seed, self.encode = documents, seed, encode
+    def __init__(self, documents, size, seed, make):
+        self.documents, self.seed, self.make = documents, seed, make
         self.size, self.epoch = min(size, len(documents)), None
 
     def __getitem__(self, window):
@@ -313,19 +314,20 @@ class Windows:
             self.epoch = epoch
             self.order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
         try:
-            return [self.encode(self.documents[i]) for i in self.order[place:place + self.size]]
+            return self.make([self.documents[i] for i in self.order[place:place + self.size]])
         except UserError as e:  # a worker's own would be told with its traceback
             return e
 
     def numbered(self, first, workers):
-        """Endless: (number, encoded documents) from window `first` on, made ahead by workers."""
+        """Endless: (number, what is made of it) from window `first` on, made ahead by workers."""
         forked = "fork" if workers and hasattr(os, "fork") else None
+        # As bytes: tensors would travel in shared memory, of which a container has little.
         loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
-                            collate_fn=lambda examples: examples, multiprocessing_context=forked)
-        for window, examples in zip(count(first), loader):
-            if isinstance(examples, UserError):
-                raise examples
-            yield window, examples
+                            collate_fn=pickle.dumps, multiprocessing_context=forked)
+        for window, made in zip(count(first), map(pickle.loads, loader)):
+            if isinstance(made, UserError):
+                raise made
+            yield window, made
 
 
 def batches_of(examples, batch_tokens):

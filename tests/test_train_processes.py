@@ -13,7 +13,7 @@ from pathlib import Path
 
 import train_adapter
 from support import processes
-from support.data import Windows
+from support.data import Windows, batches_of
 from support.errors import UserError
 from support.processes import end_together
 from train_adapter import NextTokens, States
@@ -29,7 +29,7 @@ def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
     """Guards the time of several processes: the target's pass, by far the dearest part, made again
     by each process that meets a batch in a later pass. And what an update sees must not depend on
     their number."""
-    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0)  # 2 groups, 3 left
+    args = Namespace(window=11, batches=4, passes=3, seed=0)  # 2 groups, 3 left
     computed, updates = [], []
 
     def states(ids, learn):
@@ -37,7 +37,8 @@ def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
         return States(ids, learn, NextTokens(ids[0]))
 
     for rank in range(ranks):
-        windows = Windows(range(11), 11, 0, lambda i: ([i] * 5, [True] * 5)).numbered(0, 0)
+        windows = Windows(range(11), 11, 0, lambda window: batches_of(
+            [([i] * 5, [True] * 5) for i in window], 5)).numbered(0, 0)
         stream = train_adapter.updates(windows, args, Namespace(states=states), rank=rank,
                                        ranks=ranks)
         updates.append([{s.x[0, 0].item() for s in next(stream)[1]} for _ in range(6)])
