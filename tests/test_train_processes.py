@@ -104,7 +104,7 @@ both = pytest.mark.parametrize("run", [pytest.param(forked, marks=no_gpu),
 def test_two_processes_train_the_same_adapter(run, train, folder, tmp_path):
     """Guards several GPUs: gradients averaged over batches instead of tokens, batches seen twice,
     files written by both."""
-    args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2, "--save-every", 2
+    args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2
     statuses, errors = run(words(folder, tmp_path / "two", *args))
     assert not any(statuses), errors
     assert train(*args)[0] == 0
@@ -131,7 +131,7 @@ def test_two_processes_resume_in_a_later_epoch(folder, tmp_path):
         train_adapter.save_checkpoint = save_and_die
 
     args = ["--updates", 14, "--batches", 2, "--batch-tokens", 300, "--passes", 3, "--window", 6,
-            "--save-every", 5]
+            "--save-every", 0]
     assert forked(words(folder, tmp_path / "one go", *args))[0] == [0, 0]
     out = words(folder, tmp_path / "out", *args)
     assert forked(out, change)[0] == [9, 2]
@@ -147,7 +147,7 @@ def test_if_one_process_fails_all_end(run, folder, tmp_path):
     """Guards several processes: one that waits for ever, or ends in a traceback, because another
     could not write."""
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
-    statuses, errors = run(words(folder, tmp_path / "out", "--save-every", 1, "--updates", 500))
+    statuses, errors = run(words(folder, tmp_path / "out", "--save-every", 0, "--updates", 500))
     assert all(statuses) and len(errors) == 2 and not any("Traceback" in error
                                                           for error in errors), errors
     assert re.search(r"train_adapter\.py: [^\n]*Is a directory: '[^\n]*log\.jsonl'\n$", errors[0])
