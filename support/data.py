@@ -11,8 +11,11 @@ import os
 import pickle
 import random
 import re
+import threading
+import time
 import zlib
 from collections import Counter
+from functools import partial
 from itertools import chain, count
 from os.path import commonprefix
 
@@ -323,11 +326,23 @@ class Windows:
         forked = "fork" if workers and hasattr(os, "fork") else None
         # As bytes: tensors would travel in shared memory, of which a container has little.
         loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
-                            collate_fn=pickle.dumps, multiprocessing_context=forked)
+                            collate_fn=pickle.dumps, multiprocessing_context=forked,
+                            worker_init_fn=partial(end_with, os.getpid()))
         for window, made in zip(count(first), map(pickle.loads, loader)):
             if isinstance(made, UserError):
                 raise made
             yield window, made
+
+
+def end_with(parent, _=0):
+    """End this worker when its training has been killed. PyTorch's worker does not: it waits for
+    ever for a reader of what it has made, and holds the lock of --out."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches_of(examples, batch_tokens):

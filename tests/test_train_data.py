@@ -2,16 +2,19 @@
 import gzip
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import train_adapter
-from support import training_text
+from support import files, training_text
 from support.chat import CHAT_TEMPLATES, render_chat
 from support.checkpoint import read_config
 from support.data import (
@@ -264,6 +267,26 @@ def test_workers_encode_the_same_windows():
         assert alone == ahead
     with pytest.raises(UserError, match="^chat_template.jinja: the chat template says: no$"):
         list(islice(Windows(range(11), 2, 5, make).numbered(0, 2), 9))
+
+
+def test_workers_end_with_a_killed_training(tmp_path):
+    """Guards --resume after kill -9: workers that wait for ever for someone to read what they have
+    made, in a pipe that is full, and keep --out locked."""
+    child = os.fork()
+    if child == 0:
+        try:
+            assert files.lock(os.open(tmp_path, os.O_RDONLY), wait=False)
+            windows = Windows(range(9), 2, 5, lambda documents: bytes(10 ** 6)).numbered(0, 2)
+            next(windows)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    folder, until = os.open(tmp_path, os.O_RDONLY), time.monotonic() + 20
+    while not files.lock(folder, wait=False):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.close(folder)
 
 
 @pytest.mark.parametrize("more", [[], ["--learn", "text"]], ids=["target", "text"])
