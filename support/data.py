@@ -324,7 +324,7 @@ class Windows:
     def numbered(self, first, workers):
         """Endless: (number, what is made of it) from window `first` on, made ahead by workers."""
         forked = "fork" if workers and hasattr(os, "fork") else None
-        # As bytes: tensors would travel in shared memory, of which a container has little.
+        # As bytes: tensors would travel in /dev/shm, of which a container has little.
         loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
                             collate_fn=pickle.dumps, multiprocessing_context=forked,
                             worker_init_fn=partial(end_with, os.getpid()))
