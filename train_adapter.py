@@ -38,7 +38,6 @@ if __name__ == "__main__":
 import copy
 import math
 import random
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -52,12 +51,12 @@ from support.checkpoint import (
     trained_weights,
     write_safetensors,
 )
-from support.data import batches_of, digest
+from support.data import digest
 from support.decoder import pick_device_and_dtype
 from support.errors import UserError, require
 from support.files import write_json
 from support.processes import Processes, end_together
-from support.progress import Interruption, Progress, load_checkpoint, save_checkpoint, trim_log
+from support.progress import Clock, Interruption, Progress, load_checkpoint, save_checkpoint
 from support.training_text import Text
 
 import torch
@@ -184,14 +183,13 @@ class TextTarget(Target):
 def updates(windows, args, target, done=0, rank=0, ranks=1):
     """Endless: (the place after it, this rank's States, tokens learned by all) of each update.
 
-    windows: (number, encoded documents) of each; of the first, `done` updates are past already. A
-    place is (window, updates of it that are past). Each update takes `args.batches` batches, dealt
-    to the ranks in turn: with any number of processes an update sees the same batches. All of it
-    follows from the seed and the place, which is what makes resuming exact.
+    windows: (number, batches) of each; of the first, `done` updates are past already. A place is
+    (window, updates of it that are past). Each update takes `args.batches` batches, dealt to the
+    ranks in turn: with any number of processes an update sees the same batches. All of it follows
+    from the seed and the place, which is what makes resuming exact.
     """
     keep = in_half if args.passes > 1 else lambda states: states
-    for window, examples in windows:
-        batches = batches_of(examples, args.batch_tokens)
+    for window, batches in windows:
         # A later window that falls short is skipped.
         require(window > 0 or len(batches) >= args.batches,
                 f"--window {args.window}: its documents fill {len(batches)} batches, --batches "
@@ -393,8 +391,8 @@ class Training:
         if args.resume and args.init is None:
             del made_with["init"]  # the checkpoint's, whatever it was
         self.state = {"step": 0, "window": 0, "update": 0, "tokens": 0, "seconds": 0.0,
-                      "options": made_with, "begun_from": self.begun_from}
-        self.checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
+                      "waited": 0.0, "options": made_with, "begun_from": self.begun_from}
+        self.checkpoint = args.out / "checkpoint.pt"
         if args.resume:
             self.state |= load_checkpoint(self.checkpoint, self.adapter, [self.optimizer],
                                           made_with)
@@ -407,9 +405,9 @@ class Training:
             say(f"{args.model} · {self.model.norm.weight.device} · {dtype} · exit layer "
                 f"{self.target.exit_layer} · adapter {self.architecture}, {n / 1e6:.2f} M "
                 f"parameters · {text.describe()}")
-            logged = trim_log(log, self.state["step"])
-            self.evaluated = max((r["step"] for r in logged if "held_out" in r), default=0)
-            self.progress = Progress(log, args.updates, self.state["step"])
+            self.progress = Progress(args.out / "log.jsonl", args.updates, self.state)
+            self.evaluated = max((r["step"] for r in self.progress.logged if "held_out" in r),
+                                 default=0)
 
     def run(self):
         """All updates that are left, then the adapter."""
@@ -421,10 +419,11 @@ class Training:
         self.processes.leave()
 
     def make_updates(self):
-        args, state, elapsed, begin = self.args, self.state, self.state["seconds"], time.time()
-        stream = updates(self.text.windows(state["window"]), args, self.teacher,
-                         state["update"], self.processes.rank, self.processes.ranks)
+        args, state = self.args, self.state
         self.evaluate_if_due()  # a killed run may have saved, and not evaluated any more
+        self.clock = clock = Clock(state)
+        stream = updates(clock.waiting(self.text.windows(state["window"])), args, self.teacher,
+                         state["update"], self.processes.rank, self.processes.ranks)
         while state["step"] < args.updates:
             (state["window"], state["update"]), batches, tokens = next(stream)
             for group in self.optimizer.param_groups:
@@ -433,30 +432,36 @@ class Training:
                              self.autocast, self.processes)
             state["step"] += 1
             state["tokens"] += tokens
-            state["seconds"] = elapsed + time.time() - begin
-            self.report(sums, tokens)
+            clock.lap()
+            if self.first:
+                self.progress.report(means_of(sums), state)
+            with clock.paused():
+                self.save_if_due()
+                self.evaluate_if_due()
 
     def parts(self, batches, scale):
         """(adapter, States, scale) of each batch, as `take_step` wants them."""
         return ((self.adapter, states, scale) for states in batches)
 
-    def report(self, sums, tokens):
-        """Report; save; evaluate, after saving, so that nothing is lost if that fails."""
-        args, step = self.args, self.state["step"]
-        if self.first:
-            self.progress.report(step, means_of(sums), tokens)
-            ended_by = self.interruption.signal
-            if ended_by or step % args.save_every == 0 or step == args.updates:
-                save_checkpoint(self.checkpoint, self.adapter, [self.optimizer], self.state)
-            if ended_by:
-                raise KeyboardInterrupt(f"interrupted after update {step}, --resume goes on from "
-                                        "there", 128 + ended_by)
-        self.evaluate_if_due()
+    def save_if_due(self):
+        """Also before an evaluation, so that nothing is lost if that fails."""
+        if not self.first:
+            return
+        args, step, ended_by = self.args, self.state["step"], self.interruption.signal
+        late = self.clock.strikes(args.save_every)
+        if late or ended_by or step == args.updates or self.evaluation_is_due():
+            save_checkpoint(self.checkpoint, self.adapter, [self.optimizer], self.state)
+        if ended_by:
+            raise KeyboardInterrupt(f"interrupted after update {step}, --resume goes on from there",
+                                    128 + ended_by)
+
+    def evaluation_is_due(self):
+        step = self.state["step"]
+        return step and step % self.args.eval_every == 0 and step < self.args.updates
 
     def evaluate_if_due(self):
-        step = self.state["step"]
-        if step and step % self.args.eval_every == 0 and step < self.args.updates:
-            if self.first and self.evaluated < step:
+        if self.evaluation_is_due():
+            if self.first and self.evaluated < self.state["step"]:
                 self.evaluate()
             self.processes.wait()
 
@@ -494,8 +499,9 @@ class Training:
         self.save({
             "data": [Path(path).name for path in args.data], "documents": len(self.text.documents),
             "held_out_documents": len(self.text.held), "updates": args.updates,
-            "tokens": state["tokens"], "seconds": round(state["seconds"]), "device": str(device),
-            "learn": args.learn, "loss": args.loss, "lr": args.lr, "init": state["begun_from"],
+            "tokens": state["tokens"], "seconds": round(state["seconds"]),
+            "waited": round(state["waited"], 1), "device": str(device), "learn": args.learn,
+            "loss": args.loss, "lr": args.lr, "init": state["begun_from"],
             "vocabulary_coverage": round(self.text.coverage, 4), "held_out": held_out})
 
     def save(self, facts):

@@ -31,7 +31,7 @@ from support.decoder import load, pick_device_and_dtype
 from support.errors import UserError
 from support.files import read_json, write_atomically, write_json
 from support.program import Parser, refuse_below_one, run_program
-from support.progress import Progress, load_checkpoint, save_checkpoint, trim_log
+from support.progress import Progress, load_checkpoint, save_checkpoint
 from train_adapter import learning_rate
 
 import torch
@@ -146,9 +146,7 @@ class Training:
         """All updates that are left."""
         args, state, pool = self.args, self.state, []
         total, elapsed, begin = args.updates * args.cycles, state["seconds"], time.perf_counter()
-        log = args.out / "log.jsonl"
-        trim_log(log, state["step"])
-        progress = Progress(log, total, state["step"])
+        progress = Progress(args.out / "log.jsonl", total, state)
         while state["step"] < total:
             # Stories of similar lengths share a batch; a pool is over when a checkpoint is written.
             pool = pool or self.new_pool()
@@ -156,7 +154,7 @@ class Training:
             state["step"] += 1
             state["tokens"] += tokens
             state["seconds"] = elapsed + time.perf_counter() - begin
-            progress.report(state["step"], {"loss": loss}, tokens)
+            progress.report({"loss": loss}, state)
             if not pool or state["step"] == total:
                 save_checkpoint(self.checkpoint, self.model, self.optimizers, state)
                 save(args.out, self.model)

@@ -1,6 +1,6 @@
 """Text files -> documents -> token ids, and which of them an adapter shall learn.
 
-    read_documents -> encode, by Windows -> batches_of
+    read_documents -> encode -> batches_of, both by Windows
 
 Nothing of the algorithm. UserError names file and line.
 """
@@ -8,10 +8,14 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
+import threading
+import time
 import zlib
 from collections import Counter
+from functools import partial
 from itertools import chain, count
 from os.path import commonprefix
 
@@ -300,10 +304,10 @@ def prompt_of(document, tokenizer, template):
 
 
 class Windows:
-    """Encoded documents by the number of a window of them; shuffled anew in each epoch."""
+    """What `make` makes of a window of documents, by its number; shuffled anew in each epoch."""
 
-    def __init__(self, documents, size, seed, encode):
-        self.documents, self.seed, self.encode = documents, seed, encode
+    def __init__(self, documents, size, seed, make):
+        self.documents, self.seed, self.make = documents, seed, make
         self.size, self.epoch = min(size, len(documents)), None
 
     def __getitem__(self, window):
@@ -313,19 +317,32 @@ class Windows:
             self.epoch = epoch
             self.order = random.Random(f"{self.seed} {epoch}").sample(range(n), n)
         try:
-            return [self.encode(self.documents[i]) for i in self.order[place:place + self.size]]
+            return self.make([self.documents[i] for i in self.order[place:place + self.size]])
         except UserError as e:  # a worker's own would be told with its traceback
             return e
 
     def numbered(self, first, workers):
-        """Endless: (number, encoded documents) from window `first` on, made ahead by workers."""
+        """Endless: (number, what is made of it) from window `first` on, made ahead by workers."""
         forked = "fork" if workers and hasattr(os, "fork") else None
+        # As bytes: tensors would travel in /dev/shm, of which a container has little.
         loader = DataLoader(self, None, sampler=count(first), num_workers=workers,
-                            collate_fn=lambda examples: examples, multiprocessing_context=forked)
-        for window, examples in zip(count(first), loader):
-            if isinstance(examples, UserError):
-                raise examples
-            yield window, examples
+                            collate_fn=pickle.dumps, multiprocessing_context=forked,
+                            worker_init_fn=partial(end_with, os.getpid()))
+        for window, made in zip(count(first), map(pickle.loads, loader)):
+            if isinstance(made, UserError):
+                raise made
+            yield window, made
+
+
+def end_with(parent, _=0):
+    """End this worker when its training has been killed. PyTorch's worker does not: it waits for
+    ever for a reader of what it has made, and holds the lock of --out."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches_of(examples, batch_tokens):
@@ -352,9 +369,8 @@ def batches_of(examples, batch_tokens):
 def most_frequent(examples, size, vocab_size, eos):
     """The ids (size,), ascending, of the tokens most often to be predicted in encoded documents,
     and their share. The ends of sequence are among them."""
-    counts = torch.zeros(vocab_size, dtype=torch.long)
-    for ids, learn in examples:
-        counts += torch.tensor(ids)[torch.tensor(learn)].bincount(minlength=vocab_size)
+    learned = torch.cat([torch.tensor(ids)[torch.tensor(learn)] for ids, learn in examples])
+    counts = learned.bincount(minlength=vocab_size)  # once: PyTorch's threads spin between many
     ranked = counts.clone()
     ranked[list(eos)] = counts.max() + 1
     ids = ranked.argsort(descending=True, stable=True)[:size].sort().values

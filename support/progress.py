@@ -20,24 +20,30 @@ import torch
 
 
 class Progress:
-    """One line on standard error, rewritten in place on a terminal, and a line of JSON in a log."""
+    """One line on standard error, rewritten in place on a terminal, and a line of JSON in a log.
 
-    def __init__(self, log, total, done=0):
-        self.log, self.total, self.first, self.begin = log, total, done, time.perf_counter()
-        self.tokens, self.live = 0, is_terminal(sys.stderr)
+    `logged` are the log's records so far, without those of a killed run after its last checkpoint.
+    A run's state has its `step`, `tokens` and `seconds`, and perhaps how many of these it `waited`
+    for text. The speed is that of this process, which may go on from another.
+    """
 
-    def report(self, step, figures, tokens):
-        self.tokens += tokens
-        seconds = time.perf_counter() - self.begin
-        left = seconds / max(1, step - self.first) * (self.total - step)
-        shown = " · ".join(f"{name} {figures[name]:.3f}" for name in ("loss", "agreement")
-                           if name in figures)
-        speed = self.tokens / seconds
-        bar = "█" * (10 * step // self.total)
-        line = (f"{bar:░<10} {step}/{self.total} · {shown} · {speed:,.0f} tokens/s · "
-                f"{left / 60:.0f} min left")
-        (status if self.live and step < self.total else say)(line)
-        self.write({"step": step, **figures, "tokens_per_second": speed})
+    def __init__(self, log, total, state):
+        self.log, self.total, self.first, self.begin = log, total, {**state}, time.perf_counter()
+        self.live, self.logged = is_terminal(sys.stderr), trim_log(log, state["step"])
+
+    def report(self, figures, state):
+        step, tokens, seconds = (state[name] - self.first[name]
+                                 for name in ("step", "tokens", "seconds"))
+        speed, waited = tokens / seconds, state.get("waited")
+        left = (time.perf_counter() - self.begin) / step * (self.total - state["step"])
+        shown = [f"{name} {figures[name]:.3f}" for name in ("loss", "agreement") if name in figures]
+        shown += [f"{speed:,.0f} tokens/s", f"{left / 60:.0f} min left"]
+        shown += [] if waited is None else [f"{waited / state['seconds']:.0%} waiting for text"]
+        bar = "█" * (10 * state["step"] // self.total)
+        line = f"{bar:░<10} {state['step']}/{self.total} · {' · '.join(shown)}"
+        (status if self.live and state["step"] < self.total else say)(line)
+        times = {name: state[name] for name in ("seconds", "waited") if name in state}
+        self.write({"step": state["step"], **figures, "tokens_per_second": speed, **times})
 
     def write(self, record):
         try:
@@ -45,6 +51,40 @@ class Progress:
                 file.write(json.dumps(record) + "\n")
         except OSError as e:  # a full disk's names no file
             raise UserError(f"{self.log}: cannot be written ({e.strerror})") from None
+
+
+class Clock:
+    """Adds up in a run's state the `seconds` that it trains, without those while the clock is
+    `paused`, and how many of them it has `waited` for text."""
+
+    def __init__(self, state):
+        self.state, self.begin, self.struck = state, time.perf_counter(), time.perf_counter()
+
+    def waiting(self, windows):
+        """The same endless windows. A GPU waits meanwhile: the last update has been waited for."""
+        while True:
+            begin = time.perf_counter()
+            window = next(windows)
+            self.state["waited"] += time.perf_counter() - begin
+            yield window
+
+    def lap(self):
+        """The seconds up to now are the state's."""
+        begin, self.begin = self.begin, time.perf_counter()
+        self.state["seconds"] += self.begin - begin
+
+    @contextlib.contextmanager
+    def paused(self):
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+
+    def strikes(self, every):
+        """Whether it is `every` seconds, pauses among them, since it did so last."""
+        now = time.perf_counter()
+        late = now - self.struck >= every
+        self.struck = now if late else self.struck
+        return late
 
 
 class Interruption:

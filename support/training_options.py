@@ -49,7 +49,8 @@ def make_parser(prog, needs, description):
     option("--eval-every", "N", "updates between evaluations on held-out data", 200, type=int)
     option("--eval-documents", "N", "documents of an evaluation", 32, type=int)
     option("--eval-prompts", "N", "prompts that an evaluation decodes", 4, type=int)
-    option("--save-every", "N", "updates between checkpoints", 50, type=int)
+    option("--save-every", "S", "seconds between checkpoints; 0: one after each update", 60,
+           type=int)
     option("--chat", "NAME", "chat template (default: the model folder's)")
     option("--dtype", "TYPE", "of the target: float32, bfloat16, float16 (default: bfloat16 where "
            "the device is fast at it)")
@@ -92,12 +93,13 @@ def parse_adapter_arguments(argv):
 def refuse_wrong_values(args):
     """UserError for a value that no model could make right."""
     refuse_below_one(args, "updates", "batch_tokens", "batches", "max_length", "window", "passes",
-                     "warmup", "eval_every", "eval_documents", "save_every")
+                     "warmup", "eval_every", "eval_documents")
     require(args.vocabulary is None or args.vocabulary >= 1,
             f"--vocabulary {args.vocabulary}: must be at least 1")
-    require(args.eval_prompts >= 0, f"--eval-prompts {args.eval_prompts}: must be at least 0")
-    require(args.workers is None or args.workers >= 0,
-            f"--workers {args.workers}: must be at least 0")
+    for name in ("eval_prompts", "save_every", "workers"):
+        value = getattr(args, name)
+        require(value is None or value >= 0,
+                f"--{name.replace('_', '-')} {value}: must be at least 0")
     require(0 < args.lr < math.inf, f"--lr {args.lr}: must be above 0")
     require(-2 ** 63 <= args.seed < 2 ** 63, f"--seed {args.seed}: must be an integer of 64 bits")
     require_one_of("loss", args.loss, LOSSES)

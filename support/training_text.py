@@ -50,12 +50,12 @@ class Text:
         require(size <= config.vocab_size, f"--vocabulary {size}: must be at most the model's "
                 f"vocab_size {config.vocab_size}")
         documents = random.Random(0).sample(self.documents, n)
-        encoded = Windows(documents, 1, 0, self.encode).numbered(0, self.workers)
-        examples = (example for _, [example] in islice(encoded, n))
+        encoded = Windows(documents, 1, 0, lambda one: self.encode(*one)).numbered(0, self.workers)
+        examples = (example for _, example in islice(encoded, n))
         return most_frequent(examples, size, config.vocab_size, config.eos_token_ids)
 
     def windows(self, first):
-        """Endless: (number, encoded documents) of each window from number `first` on.
+        """Endless: (number, batches) of each window of documents from number `first` on.
 
         To be learned are answers; with --learn text all tokens that can be drafted.
         """
@@ -64,8 +64,11 @@ class Text:
             every = range(self.config.vocab_size)
             wanted = set(every if self.vocabulary is None else self.vocabulary.tolist())
             learned = partial(every_token, encode=self.encode, wanted=wanted)
-        return Windows(self.documents, args.window, args.seed, learned).numbered(first,
-                                                                                 self.workers)
+
+        def make(documents):  # by the workers: each takes a GPU's time if the trainer does it
+            return batches_of(map(learned, documents), args.batch_tokens)
+
+        return Windows(self.documents, args.window, args.seed, make).numbered(first, self.workers)
 
     def prompts(self):
         """What --eval-prompts held-out documents begin with, encoded; none beyond the context."""

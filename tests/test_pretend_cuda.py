@@ -170,7 +170,7 @@ def test_training(folder, tmp_path, capsys):
         status = train_adapter.main([
             "--model", str(folder), "--data", str(data), "--exit-layer", "1", "--out", str(out),
             "--device", device, "--dtype", "float32", "--updates", str(updates), "--batches", "1",
-            "--batch-tokens", "256", "--max-length", "64", "--save-every", "1", "--warmup", "1",
+            "--batch-tokens", "256", "--max-length", "64", "--warmup", "1",
             "--eval-prompts", "1", "--eval-documents", "2", *more])
         assert status == 0, capsys.readouterr().err
         return load_file(out / "adapter.safetensors")

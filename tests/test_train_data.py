@@ -2,15 +2,19 @@
 import gzip
 import io
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import time
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
 import train_adapter
+from support import files, training_text
 from support.chat import CHAT_TEMPLATES, render_chat
 from support.checkpoint import read_config
 from support.data import (
@@ -240,9 +244,10 @@ def test_a_document_is_on_one_side_everywhere(folder):
 def test_a_window_of_too_few_batches_is_passed_over():
     """Guards a long run: it ends after hours, because the documents of one window are shorter than
     those of the others."""
-    args = Namespace(window=2, batches=2, batch_tokens=9, passes=1, seed=0)
+    args = Namespace(window=2, batches=2, passes=1, seed=0)
     documents = [6, 6, 2, 2]  # tokens; the two short ones share a batch
-    windows = Windows(documents, 2, 0, lambda n: ([1] * n, [True] * n)).numbered(0, 0)
+    windows = Windows(documents, 2, 0, lambda window: batches_of(
+        [([1] * n, [True] * n) for n in window], 9)).numbered(0, 0)
     stream = train_adapter.updates(windows, args, Namespace(states=lambda *_: 0))
     seen = [next(stream)[0][0] for _ in range(20)]
     assert seen == sorted(set(seen)) and 20 < seen[-1] < 40
@@ -251,17 +256,47 @@ def test_a_window_of_too_few_batches_is_passed_over():
 def test_workers_encode_the_same_windows():
     """Guards --workers: windows out of order, left out or seen twice, or a document that cannot be
     encoded told with a worker's traceback."""
-    def encode(document):
-        if document == 10:
+    def make(documents):
+        if 10 in documents:
             raise UserError("chat_template.jinja: the chat template says: no")
-        return [document], [True]
+        return torch.tensor(documents)
 
     for first, n in (0, 3), (2, 3), (0, 7):
-        windows = [islice(Windows(range(n), 2, 5, encode).numbered(first, workers), 9)
-                   for workers in (0, 2)]
-        assert list(windows[0]) == list(windows[1])
+        alone, ahead = ([(i, made.tolist()) for i, made in islice(
+            Windows(range(n), 2, 5, make).numbered(first, workers), 9)] for workers in (0, 2))
+        assert alone == ahead
     with pytest.raises(UserError, match="^chat_template.jinja: the chat template says: no$"):
-        list(islice(Windows(range(11), 2, 5, encode).numbered(0, 2), 9))
+        list(islice(Windows(range(11), 2, 5, make).numbered(0, 2), 9))
+
+
+def test_workers_end_with_a_killed_training(tmp_path):
+    """Guards --resume after kill -9: workers that wait for ever for someone to read what they have
+    made, in a pipe that is full, and keep --out locked."""
+    child = os.fork()
+    if child == 0:
+        try:
+            assert files.lock(os.open(tmp_path, os.O_RDONLY), wait=False)
+            windows = Windows(range(9), 2, 5, lambda documents: bytes(10 ** 6)).numbered(0, 2)
+            next(windows)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    folder, until = os.open(tmp_path, os.O_RDONLY), time.monotonic() + 20
+    while not files.lock(folder, wait=False):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.close(folder)
+
+
+@pytest.mark.parametrize("more", [[], ["--learn", "text"]], ids=["target", "text"])
+def test_workers_make_the_batches(train, monkeypatch, more):
+    """Guards a GPU's time: batches made by the trainer, for which the GPU waits meanwhile."""
+    made, batches = [], training_text.batches_of
+    monkeypatch.setattr(training_text, "batches_of",
+                        lambda *args: made.append(0) or batches(*args))
+    assert train("--workers", 1, "--updates", 1, *more)[0] == 0
+    assert len(made) == 1, "the held-out documents', before the workers are there"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from training import LONG, same_weights, sentences, share_gpt, stop_at
                           (["--max-length", 601], ["--max-length 601", "--batch-tokens 600"]),
                           (["--passes", 0], "--passes 0"), (["--window", 1], "--window 1"),
                           (["--workers", -1], "--workers -1"),
+                          (["--save-every", -1], "--save-every -1"),
                           (["--vocabulary", 0], "--vocabulary 0"),
                           (["--vocabulary", -5], "--vocabulary -5"),
                           (["--vocabulary", 341], ["--vocabulary 341", "340"]),
@@ -65,7 +66,7 @@ def test_the_options_know_every_loss_and_architecture():
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path):
     """Guards a run that diverges: hours more of NaN, and an adapter of NaN in place of the last
     good checkpoint."""
-    status, err = train("--lr", 1e30, "--save-every", 1)
+    status, err = train("--lr", 1e30, "--save-every", 0)
     weights = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["weights"]
     assert status == 2 and not (tmp_path / "out" / "adapter.safetensors").exists(), err
     assert all(weight.isfinite().all() for weight in weights.values())
@@ -101,6 +102,17 @@ def test_a_second_interruption_does_not_wait(train, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
+def report_three_updates(folder):
+    states = [{"step": step, "tokens": 100 * step, "seconds": 2.5 * step, "waited": 0.0}
+              for step in range(4)]
+    progress = train_adapter.Progress(folder / "log.jsonl", 3, states[0])
+    for state in states[1:]:
+        progress.report({"loss": 1.0, "acceptance": 0.5, "agreement": 0.5}, state)
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) == {
+        "step": 3, "loss": 1.0, "acceptance": 0.5, "agreement": 0.5, "tokens_per_second": 40.0,
+        "seconds": 7.5, "waited": 0.0}
+
+
 def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
     """Guards the progress line: wider than the terminal it cannot be rewritten, and each update
     leaves a line behind."""
@@ -111,18 +123,14 @@ def test_progress_stays_on_one_line_of_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = train_adapter.Progress(tmp_path / "log.jsonl", 3)
-    for step in (1, 2, 3):
-        progress.report(step, {"loss": 1.0, "acceptance": 0.5, "agreement": 0.5}, 100)
+    report_three_updates(tmp_path)
     _, *live, last = sys.stderr.getvalue().split("\r\033[K")
     bars = ["█" * n + "░" * (10 - n) for n in (3, 6, 10)]
     assert [line[:10] for line in live] == bars[:2] and all(len(line) == 49 for line in live)
     assert last.startswith(bars[2]) and last.count("\n") == 1
     monkeypatch.setenv("TERM", "dumb")  # it knows no codes: a line an update
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = train_adapter.Progress(tmp_path / "log.jsonl", 3)
-    for step in (1, 2, 3):
-        progress.report(step, {"loss": 1.0, "acceptance": 0.5, "agreement": 0.5}, 100)
+    report_three_updates(tmp_path)
     assert [line[:10] for line in sys.stderr.getvalue().splitlines()] == bars
     assert "\033" not in sys.stderr.getvalue()
 

@@ -90,7 +90,7 @@ def words(folder, tmp_path, *args):
         "--model", folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "out",
         "--device", "cpu", "--dtype", "float32", "--max-length", 100,
         "--batch-tokens", 400, "--batches", 2, "--window", 20, "--updates", 12, "--warmup", 2,
-        "--lr", 0.02, "--eval-prompts", 1, "--eval-documents", 4, "--save-every", 4, *args]]
+        "--lr", 0.02, "--eval-prompts", 1, "--eval-documents", 4, *args]]
 
 
 @pytest.mark.parametrize("vocabulary", [None, 90])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import train_adapter
 from support import processes
-from support.data import Windows
+from support.data import Windows, batches_of
 from support.errors import UserError
 from support.processes import end_together
 from train_adapter import NextTokens, States
@@ -29,7 +29,7 @@ def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
     """Guards the time of several processes: the target's pass, by far the dearest part, made again
     by each process that meets a batch in a later pass. And what an update sees must not depend on
     their number."""
-    args = Namespace(window=11, batches=4, batch_tokens=5, passes=3, seed=0)  # 2 groups, 3 left
+    args = Namespace(window=11, batches=4, passes=3, seed=0)  # 2 groups, 3 left
     computed, updates = [], []
 
     def states(ids, learn):
@@ -37,7 +37,8 @@ def test_one_rank_alone_computes_the_states_of_a_batch(ranks):
         return States(ids, learn, NextTokens(ids[0]))
 
     for rank in range(ranks):
-        windows = Windows(range(11), 11, 0, lambda i: ([i] * 5, [True] * 5)).numbered(0, 0)
+        windows = Windows(range(11), 11, 0, lambda window: batches_of(
+            [([i] * 5, [True] * 5) for i in window], 5)).numbered(0, 0)
         stream = train_adapter.updates(windows, args, Namespace(states=states), rank=rank,
                                        ranks=ranks)
         updates.append([{s.x[0, 0].item() for s in next(stream)[1]} for _ in range(6)])
@@ -103,7 +104,7 @@ both = pytest.mark.parametrize("run", [pytest.param(forked, marks=no_gpu),
 def test_two_processes_train_the_same_adapter(run, train, folder, tmp_path):
     """Guards several GPUs: gradients averaged over batches instead of tokens, batches seen twice,
     files written by both."""
-    args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2, "--save-every", 2
+    args = "--updates", 6, "--batches", 4, "--batch-tokens", 300, "--passes", 2
     statuses, errors = run(words(folder, tmp_path / "two", *args))
     assert not any(statuses), errors
     assert train(*args)[0] == 0
@@ -130,7 +131,7 @@ def test_two_processes_resume_in_a_later_epoch(folder, tmp_path):
         train_adapter.save_checkpoint = save_and_die
 
     args = ["--updates", 14, "--batches", 2, "--batch-tokens", 300, "--passes", 3, "--window", 6,
-            "--save-every", 5]
+            "--save-every", 0]
     assert forked(words(folder, tmp_path / "one go", *args))[0] == [0, 0]
     out = words(folder, tmp_path / "out", *args)
     assert forked(out, change)[0] == [9, 2]
@@ -146,7 +147,7 @@ def test_if_one_process_fails_all_end(run, folder, tmp_path):
     """Guards several processes: one that waits for ever, or ends in a traceback, because another
     could not write."""
     (tmp_path / "out" / "log.jsonl").mkdir(parents=True)
-    statuses, errors = run(words(folder, tmp_path / "out", "--save-every", 1, "--updates", 500))
+    statuses, errors = run(words(folder, tmp_path / "out", "--save-every", 0, "--updates", 500))
     assert all(statuses) and len(errors) == 2 and not any("Traceback" in error
                                                           for error in errors), errors
     assert re.search(r"train_adapter\.py: [^\n]*Is a directory: '[^\n]*log\.jsonl'\n$", errors[0])

@@ -3,9 +3,10 @@ import errno
 import json
 import os
 import shutil
+import time
 
 import train_adapter
-from support import files
+from support import files, training_text
 from support.errors import UserError
 
 import pytest
@@ -24,16 +25,17 @@ def test_a_killed_run_resumes_exactly(train, killed, resumable):
     """Guards --resume: optimizer, order, place in a window or learning rate lost; a log with steps
     doubled or half written."""
     state = torch.load(resumable / "checkpoint.pt", weights_only=True)
-    assert 3 <= state["step"] < 12 and state["update"] > 0, "not killed inside a window"
+    assert state["step"] == 4 and state["update"] > 0, "not killed inside a window"
+    assert len(log_of(resumable)[0]) == 5, "not killed between two checkpoints"
     assert not (resumable / "adapter.safetensors").exists()
     with open(resumable / "log.jsonl", "a") as file:
-        file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
-    status, err = train(*LONG, "--resume", "--eval-every", 1)
+        file.write('{"step": 5, "held_out": {}}\n{"step": 6, "lo')
+    status, err = train(*LONG, "--resume", "--eval-every", 2)
     assert status == 0, err
     assert same_weights(resumable, killed[0])
     updates, held_out = log_of(resumable)
     assert [line["step"] for line in updates] == [*range(1, 13)]
-    assert [line["step"] for line in held_out] == [*range(1, 13)]  # none missing, none twice
+    assert [line["step"] for line in held_out] == [*range(2, 13, 2)]  # none missing, none twice
     assert [line["loss"] for line in updates] == [line["loss"] for line in log_of(killed[0])[0]]
     assert not list(resumable.glob("*.tmp"))
 
@@ -159,7 +161,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, killed, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(train_adapter, "save_checkpoint", full)
-        status, err = train(*LONG)
+        status, err = train(*LONG, "--save-every", 0)
     assert status == 2 and err.endswith("checkpoint.pt: cannot be written (No space left on "
                                         "device); the one before is kept\n")
     monkeypatch.undo()
@@ -198,9 +200,47 @@ def test_it_saves_before_it_evaluates(train, tmp_path, monkeypatch):
     def fail(*args):
         raise UserError("the evaluation fails")
     monkeypatch.setattr(train_adapter.Training, "evaluate", fail)
-    status, err = train("--updates", 3, "--eval-every", 2, "--save-every", 2)
+    status, err = train("--updates", 3, "--eval-every", 2)
     assert status == 2 and err.endswith("the evaluation fails\n")
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_when_it_saves_and_what_time_it_counts(train, tmp_path, monkeypatch):
+    """Guards a machine that is lost after a while: more than --save-every seconds lost with it. And
+    figures of speed: saving and evaluating in them, what it waits for text untold, or those of a
+    run that was stopped without its first part."""
+    now, saved, save = [0.0], {}, train_adapter.save_checkpoint
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def takes(seconds, where, name):
+        function = getattr(where, name)
+
+        def slowly(*args):
+            now[0] += seconds
+            return function(*args)
+        monkeypatch.setattr(where, name, slowly)
+
+    monkeypatch.setattr(train_adapter, "save_checkpoint",
+                        lambda *args: saved.update({args[-1]["step"]: args[-1]["tokens"]})
+                        or save(*args))
+    takes(10, train_adapter, "take_step")
+    takes(1, training_text, "batches_of")  # with --workers 0, of the one window
+    takes(0.5, train_adapter, "save_checkpoint")
+    takes(0.25, train_adapter.Training, "evaluate")
+    args = ["--updates", 9, "--passes", 9, "--eval-every", 4, "--save-every", 25]
+    assert stop_at(7, lambda: train(*args), monkeypatch)[0] == 130
+    assert [*saved] == [3, 4, 6, 7]  # the 4th before it evaluates, the 7th because it ends
+    err = train(*args, "--resume")[1]
+    assert [*saved] == [3, 4, 6, 7, 8, 9] and err.count(" · 2% waiting for text\n") == 2, err
+    updates, _ = log_of(tmp_path / "out")
+    assert [line["waited"] for line in updates] == [1] * 7 + [2] * 2
+    assert [line["seconds"] for line in updates] == [10 * line["step"] + line["waited"]
+                                                     for line in updates]
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["training"]
+    assert facts["seconds"] == 92 and facts["waited"] == 2
+    assert facts["tokens"] == saved[9]
+    assert updates[6]["tokens_per_second"] == saved[7] / 71
+    assert updates[8]["tokens_per_second"] == (saved[9] - saved[7]) / 21  # of this process
 
 
 @pytest.mark.filterwarnings("ignore:for .*no-op")

@@ -89,30 +89,31 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-LONG = ["--updates", 12, "--passes", 2, "--save-every", 3, "--window", 20, "--batch-tokens", 300]
+LONG = ["--updates", 12, "--passes", 2, "--window", 20, "--batch-tokens", 300]
 
 
 @pytest.fixture(scope="session")
 def killed(folder):
-    """(the folder of an uninterrupted run, what a kill in update 5 would have left of another)."""
+    """(the folder of an uninterrupted run, what a kill in update 6 would have left of another,
+    which saved and evaluated after update 4)."""
     assert train_adapter.main(words(folder, folder / "one go", *LONG)) == 0
     step, seen = train_adapter.take_step, []
 
     def kill(*args):
         seen.append(0)
-        if len(seen) == 5:
+        if len(seen) == 6:
             shutil.copytree(folder / "another", folder / "killed")
         return step(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_adapter, "take_step", kill)
-        args = words(folder, folder / "another", *LONG, "--eval-every", 1)
+        args = words(folder, folder / "another", *LONG, "--eval-every", 2)
         assert train_adapter.main(args) == 0
     return folder / "one go", folder / "killed"
 
 
 def stop_at(last, train, monkeypatch, signals=(signal.SIGINT,)):
-    """Train until signals come in update `last`, between two checkpoints; (exit status, stderr)."""
+    """Train until signals come in update `last`; (exit status, stderr)."""
     step, seen = train_adapter.take_step, []
 
     def stop(*args):
