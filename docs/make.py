@@ -117,9 +117,8 @@ def catching_up(rounds):
         if 0 < n == before["accepted"] < len(before["committed"]) and then["drafted"]:
             first = next(run[1] for group in then["passes"] for run in group if run[0] == "adapter")
             return (f"In round {k} all {n} drafted tokens were accepted, so round {k + 1} starts "
-                    f"at position {then['position']}, but its first run of the adapter at {first}: "
-                    "the adapter has not seen the last drafted token, and takes two rows to catch "
-                    "up.")
+                    f"at position {then['position']}. But the adapter starts at {first}: it has "
+                    "not seen the last drafted token, and takes two rows to catch up.")
     return ""
 
 
