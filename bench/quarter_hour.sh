@@ -35,7 +35,7 @@ second)
     export OMP_NUM_THREADS=1
     python3 models/make_stories.py --prompts "$OUT/prompts.txt" --count 20
     answers="--model models/stories --questions $OUT/prompts.txt --answers 20 --new-tokens 128"
-    for part in tests equal-bfloat16 equal-float16 equal-float32; do  # nothing of these is timed
+    for part in tests equal-bfloat16 equal-float16 equal-float32; do  # side by side: times do not count
         cp docs/performance.md "$OUT/$part.md"
         timeout 170 python3 bench/gpu.py --parts $part $answers $COMPILE \
             --out "$OUT/$part.json" --page "$OUT/$part.md" > "$OUT/$part.log" 2>&1 &

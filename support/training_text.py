@@ -91,6 +91,6 @@ class Text:
 
 
 def usual_workers(device):
-    """Processes that encode the next windows if --workers does not say: a GPU trains faster than
-    one process encodes."""
+    """Processes that encode the next windows if --workers does not say: a GPU should not wait for
+    them, and one process encodes about as fast as a small model learns."""
     return min(4, os.cpu_count() or 1) if device.type == "cuda" and hasattr(os, "fork") else 0
