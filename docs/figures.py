@@ -7,6 +7,7 @@ bench/spec_bench.py, bench/ablations.py and bench/exactness.py measure; this onl
 paper's own figures (arXiv 2404.18911; those that it shows as plots are read off, ± 0.02). A
 measurement that is missing is left out.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def both(cell):
 
 
 def settings(results):
-    return " · ".join(str(value) for value in results["settings"].values())
+    return " · ".join(v for v in results["settings"].values() if isinstance(v, str))
 
 
 def load(name):
@@ -90,10 +91,8 @@ def spec_bench():
         subtasks = [key for key in SUBTASKS if key in summary]
         lines = methods_table(summary, subtasks, with_paper=name == "smollm2")
         tokens = summary["all"][summary["fastest"]]["tokens"]
-        told = {**results, "settings": {key: value for key, value in results["settings"].items()
-                                        if key != "methods"}}
         write(f"spec_bench-{name}", [
-            *lines, "", *needs_table(results, summary), "", f"({settings(told)}; {tokens:,} tokens "
+            *lines, "", *needs_table(results, summary), "", f"({settings(results)}; {tokens:,} tokens "
             f"per method. Speedup against {summary['fastest']}.)"])
     if panels:
         draw_spec_bench(panels)
@@ -101,7 +100,7 @@ def spec_bench():
 
 def methods_table(summary, subtasks, with_paper):
     rows = []
-    for method, every in summary["all"].items():
+    for method, every in sorted(summary["all"].items(), key=lambda item: vanilla_first(item[0])):
         cells = [both(summary[key][method]) for key in [*subtasks, "all"]]
         rows.append([method, *cells, f"{every['identical']} of {every['turns']}"])
     for name, figures in PAPER_BENCH.items() if with_paper else ():
@@ -109,6 +108,11 @@ def methods_table(summary, subtasks, with_paper):
         cells = ["{:.2f} / {:.2f}".format(*figures[key]) for key in subtasks]
         rows.append([f"*the paper, {name}*", *cells, f"– / {mean:.2f}", "not claimed"])
     return table(["", *(SUBTASKS[key] for key in subtasks), "all", "identical"], rows)
+
+
+def vanilla_first(method):
+    """Sorts vanilla decoding by width, and leaves the methods in their order."""
+    return int(method.split()[-1]) if method.startswith("vanilla") else math.inf
 
 
 def needs_table(results, summary):
