@@ -125,7 +125,8 @@ def draw_spec_bench(panels):
     """The paper's Figure 1 for our models: accepted by draft position, speedup by subtask."""
     figure, axes = plt.subplots(1, 1 + len(panels), figsize=(3.6 + 2.8 * len(panels), 2.9),
                                 width_ratios=[1] * len(panels) + [1.5])
-    names = [name for name in panels[list(panels)[-1]]["all"] if not name.startswith("vanilla")]
+    names = dict.fromkeys(name for summary in panels.values() for name in summary["all"]
+                          if not name.startswith("vanilla"))
     colours = dict(zip(names, plt.get_cmap("tab10").colors))
     for axis, (model, summary) in zip(axes, panels.items()):
         for name in names:
@@ -136,15 +137,17 @@ def draw_spec_bench(panels):
         axis.set_title(f"{MODELS[model]}: accepted")
     model, summary = list(panels.items())[-1]
     groups = [key for key in [*SUBTASKS, "all"] if key in summary]
-    for i, name in enumerate(names):
-        axes[-1].bar([x + 0.8 * (i - (len(names) - 1) / 2) / len(names)
+    shown = [name for name in names if name in summary["all"]]
+    for i, name in enumerate(shown):
+        axes[-1].bar([x + 0.8 * (i - (len(shown) - 1) / 2) / len(shown)
                       for x in range(len(groups))], [summary[g][name]["speedup"] for g in groups],
-                     0.8 / len(names), color=colours[name], label=name)
+                     0.8 / len(shown), color=colours[name])
     axes[-1].axhline(1, color="black", linewidth=0.8)
     axes[-1].set_xticks(range(len(groups)), [SUBTASKS.get(g, g) for g in groups], rotation=25,
                         ha="right")
     axes[-1].set_title(f"{MODELS[model]}: speedup")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # over no bar
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="center left",
+                    bbox_to_anchor=(1, 0.5))  # over no bar
     figure.tight_layout()
     save(figure, "spec_bench")
 
