@@ -92,8 +92,9 @@ def spec_bench():
         lines = methods_table(summary, subtasks, with_paper=name == "smollm2")
         tokens = summary["all"][summary["fastest"]]["tokens"]
         write(f"spec_bench-{name}", [
-            *lines, "", *needs_table(results, summary), "", f"({settings(results)}; {tokens:,} tokens "
-            f"per method. Speedup against {summary['fastest']}.)"])
+            *lines, "", *needs_table(results, summary), "",
+            f"({settings(results)}; {tokens:,} tokens per method. Speedup against "
+            f"{summary['fastest']}.)"])
     if panels:
         draw_spec_bench(panels)
 
