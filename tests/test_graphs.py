@@ -218,10 +218,12 @@ def test_memory_is_reused_until_it_is_too_small():
 
 
 def test_two_texts_at_once(capsys):
-    """The second goes without graphs, which is said, and neither disturbs the other."""
+    """The second goes without graphs, which is said, and neither disturbs the other: a choice that
+    a recording has made is not another step's."""
     model = random_model()
     graphed = GraphedLlama(model, (8,), StandIn())
-    both = [generate(graphed, NoDrafter(graphed), prompt, 20) for prompt in ([1, 2], [3, 4, 5])]
+    both = [generate(graphed, NoDrafter(graphed), prompt, 20,
+                     sampler=GraphedSampler(Sampler(), graphed, 8)) for prompt in ([1, 2], [3, 4, 5])]
     tokens = [[], []]
     for a, b in zip(*both):
         tokens[0] += a.tokens
@@ -425,6 +427,24 @@ def test_nothing_outlives_its_owner(width, sampler):
         assert [ref() for ref in dead] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_what_a_drafter_observes_is_its_own():
+    """A verification's states are handed to the drafter after the sampler's replay, whose recording
+    may use their memory."""
+    class Keeper(NoDrafter):
+        kept = []
+
+        def observe(self, hidden, choices, path):
+            self.kept = [*self.kept, hidden]
+
+    model, sampler, found = random_model(), Sampler(0.8, seed=3), []
+    graphed = GraphedLlama(model, (8,), StandIn())
+    for target, how in ((model, sampler), (graphed, GraphedSampler(sampler, graphed, 8))):
+        drafter = Keeper(target)
+        list(generate(target, drafter, [1, 2], 20, sampler=how))
+        found.append(drafter.kept)
+    assert len(found[0]) > 20 and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("drafter", ["kangaroo", "tree"])
