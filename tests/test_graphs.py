@@ -222,8 +222,9 @@ def test_two_texts_at_once(capsys):
     a recording has made is not another step's."""
     model = random_model()
     graphed = GraphedLlama(model, (8,), StandIn())
-    both = [generate(graphed, NoDrafter(graphed), prompt, 20,
-                     sampler=GraphedSampler(Sampler(), graphed, 8)) for prompt in ([1, 2], [3, 4, 5])]
+    sampler = GraphedSampler(Sampler(), graphed, 8)
+    both = [generate(graphed, NoDrafter(graphed), prompt, 20, sampler=sampler)
+            for prompt in ([1, 2], [3, 4, 5])]
     tokens = [[], []]
     for a, b in zip(*both):
         tokens[0] += a.tokens
