@@ -1,4 +1,5 @@
 """From files to batches: which documents are read or refused, and which tokens are learned."""
+import contextlib
 import gzip
 import io
 import json
@@ -275,6 +276,7 @@ def test_workers_end_with_a_killed_training(tmp_path):
     child = os.fork()
     if child == 0:
         try:
+            os.setpgrp()
             assert files.lock(os.open(tmp_path, os.O_RDONLY), wait=False)
             windows = Windows(range(9), 2, 5, lambda documents: bytes(10 ** 6)).numbered(0, 2)
             next(windows)
@@ -283,10 +285,14 @@ def test_workers_end_with_a_killed_training(tmp_path):
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     folder, until = os.open(tmp_path, os.O_RDONLY), time.monotonic() + 20
-    while not files.lock(folder, wait=False):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    os.close(folder)
+    try:
+        while not files.lock(folder, wait=False):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    finally:
+        os.close(folder)
+        with contextlib.suppress(ProcessLookupError):  # workers that live on
+            os.killpg(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("more", [[], ["--learn", "text"]], ids=["target", "text"])
