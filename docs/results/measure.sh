@@ -42,7 +42,7 @@ python bench/exactness.py --model models/stories --adapter models/stories/adapte
     --questions prompts.txt --limit 16 --new-tokens 60 --out docs/results/exactness-stories.json
 unset OMP_NUM_THREADS
 python bench/exactness.py --model smollm2 --adapter models/smollm2-135m \
-    --questions question.jsonl --limit 2 --new-tokens 128 \
+    --questions question.jsonl --limit 2 --new-tokens 128 --dtypes float32 bfloat16 \
     --out docs/results/exactness-smollm2.json
 
 # Exit layers, adapters, thresholds, positions, confidence
