@@ -251,7 +251,7 @@ def summary(results):
     tokens, seconds, rounds = (sum(numbers) for numbers in zip(*map(counts, results)))
     drafted, accepted = (sum(sum(r[name]) for r in results) for name in ("drafted", "accepted"))
     speed = [f"{tokens} tokens in {seconds:.2f} s", f"{tokens / seconds:.1f} tokens/s"]
-    drafting = [f"{rounds} passes of the whole model"]
+    drafting = [f"{rounds} pass{'es' * (rounds != 1)} of the whole model"]
     drafting += [f"{accepted} of {drafted} drafted tokens accepted"] * bool(drafted)
     drafting += [f"{tokens / rounds:.2f} tokens per pass"]
     lines = speed + stopped(results), drafting, compared(results)

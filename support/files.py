@@ -78,3 +78,6 @@ def require_folder(folder, flag, wanted="a Hugging Face folder, with config.json
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
         hint = f"; to fetch it: hf download {name} --local-dir {Path(name).name}"
     require(Path(folder).is_dir(), f"{folder}: no such folder, {flag} wants {wanted}{hint}")
+    files = "config.json", "adapter_config.json"  # the second, a LoRA's, is refused by its own name
+    require(any((Path(folder) / name).exists() for name in files),
+            f"{folder}: holds no config.json, {flag} wants {wanted}")

@@ -542,6 +542,9 @@ def test_a_zip_that_is_no_model_is_refused(tmp_path):
 def test_a_missing_folder_is_refused(tmp_path):
     """Guards against an error about a file inside a folder that is not there, which hides a
     mistyped --model."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no config.json, --model wants a "):
+        load_llama(tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         load_llama(tmp_path / "nowhere")
 

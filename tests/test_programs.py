@@ -296,3 +296,15 @@ def test_importing_is_quiet(tmp_path, module):
     warns = "import warnings; warnings.warn('Failed to initialize NumPy: …'); raise SystemExit"
     done = run_with_torch(tmp_path, warns, f"-c __import__('{module}')")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", ["llama", "kangaroo", "train_adapter", "support.decoder"])
+def test_threads_do_not_wait_in_a_loop_for_long(tmp_path, module, monkeypatch):
+    """Guards two programs at once, whose threads took the cores from one another: OpenMP reads how
+    long they may when PyTorch is imported."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # which importing support has set here
+    reads = "import os; print(os.environ['GOMP_SPINCOUNT']); raise SystemExit"
+    done = run_with_torch(tmp_path, reads, f"-c __import__('{module}')")
+    assert done.stdout == "3000\n", done.stderr
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run_with_torch(tmp_path, reads, f"-c __import__('{module}')").stdout == "7\n"
