@@ -58,4 +58,5 @@ python bench/ablations.py --model smollm2 --data first.jsonl --questions questio
 
 # The price of a row, for lossless.md and trees.md
 python bench/speed.py --model smollm2 --widths 4 8 16 32
+python bench/speed.py --model smollm2 --widths 4 8 --dtype float32
 python bench/speed.py --model models/stories --widths 4 8 16 32
