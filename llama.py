@@ -457,8 +457,8 @@ class Sampler:
     def candidates(self, logits, position, depth=None, k=1):
         """What `draw` gives, on the device: (T, k, 2) float64, which holds an id exactly.
 
-        The ids are those that come nearest to being chosen, −1 for what top-k and top-p exclude.
-        The numbers are the k highest probabilities at this temperature.
+        The ids are those that come nearest to being chosen, the chosen one first, or −1 for what
+        top-k and top-p exclude. The numbers are the k highest probabilities at this temperature.
         """
         scaled = logits.float() / self.temperature if self.temperature else logits
         probabilities = scaled.softmax(-1, dtype=torch.float32)

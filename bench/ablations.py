@@ -8,7 +8,7 @@ same small budget: one pass of the frozen model over --tokens learned tokens giv
 exit layers, and each adapter is trained on them for --passes passes, in the same order and with the
 same schedule. The drafts of each, one from every position of the answers to the questions, then say
 what any γ and η would have come to (`walk` in common.py): compression rates are exact. Speedups are
-reckoned from these counts and the times of a few real decodes.
+computed from these counts and the times of a few real decodes.
 
 --adapter measures an adapter that was trained in full, too: its γ × η table, how often its drafts
 are accepted by position, and how sure it was of accepted and of rejected tokens, by subtask. Take

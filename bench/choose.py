@@ -7,7 +7,7 @@
 Take prompts that no reported figure comes from. Each prompt is decoded once, then the drafter
 drafts from every position of the output. A draft follows from the tokens before it alone, so the
 rounds of any γ and η can be walked through on paper: the counts of tokens, rounds and drafts are
-exact (and compared with one real decode). The speedup is reckoned from these counts and the median
+exact (and compared with one real decode). The speedup is computed from these counts and the median
 times of a vanilla step, a draft step and a verification in this run: a noisy machine then shifts
 all entries alike. The width, the rows of a step, is chosen by tokens per second: a CPU that is
 bound by arithmetic pays for each row, and a draft of γ tokens needs no more than γ + 1. --write

@@ -384,8 +384,8 @@ def compare(name, drafters, prompts, theirs, **more):
     equal = {what: f"{sum(a == b for a, b in pairs[what])} of {len(pairs[what])}" for what in pairs}
     rounds, expected = zip(*pairs["lengths"])
     print(f"{name}: {len(theirs)} texts · ids equal {equal['ids']} · rounds equal "
-          f"{equal['lengths']} · tokens a round: theirs {sum(expected) / len(expected):.2f}, ours "
-          f"{sum(rounds) / len(rounds):.2f}; theirs of each length from 1 on: "
+          f"{equal['lengths']} · tokens per round: theirs {sum(expected) / len(expected):.2f}, "
+          f"ours {sum(rounds) / len(rounds):.2f}; theirs of each length from 1 on: "
           f"{' '.join(str(expected.count(i)) for i in range(1, max(expected) + 1))}", flush=True)
     for i, (a, b) in enumerate(zip(found, theirs), 1):
         differs = [j for j, pair in enumerate(zip(a["lengths"], b["lengths"])) if len({*pair}) > 1]

@@ -23,8 +23,8 @@ Controlled acceptance: real Kangaroo rounds, whose drafter does all of its work,
 the known continuation, with probability α after each token that was right; α is that of a
 compression rate 1 + α + α² + … + α^γ as the paper reports. Two speedups: of drafts that end with
 their first wrong token, as a perfect second early exit would, and, at the last rate, of drafts of γ
-tokens. Prefill
-and recording are not timed; the vanilla beside it is the faster of width 1 and the one shape.
+tokens. Prefill and recording are not timed; the vanilla beside it is the faster of width 1 and the
+one shape.
 """
 import copy
 import gc

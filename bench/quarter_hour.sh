@@ -3,9 +3,9 @@
 #     OUT=found bash bench/quarter_hour.sh first     four minutes: shapes, kernels, choices
 #     OUT=found bash bench/quarter_hour.sh second    three: tests and answers, then 7B once more
 #
-# OUT is the folder for what they find. The `choices` of the first say whether the second is to measure
-# with COMPILE=--compile. Each command has a limit of seconds, and bench/gpu.py keeps the rows that
-# it had by then.
+# OUT is the folder for what they find. The `choices` of the first say whether the second is to
+# measure with COMPILE=--compile. Each command has a limit of seconds, and bench/gpu.py keeps the
+# rows that it had by then.
 export PYTHONUNBUFFERED=1 OUT=${OUT:-found}
 mkdir -p "$OUT"
 
@@ -35,7 +35,8 @@ second)
     export OMP_NUM_THREADS=1
     python3 models/make_stories.py --prompts "$OUT/prompts.txt" --count 20
     answers="--model models/stories --questions $OUT/prompts.txt --answers 20 --new-tokens 128"
-    for part in tests equal-bfloat16 equal-float16 equal-float32; do  # side by side: times do not count
+    # Side by side: their times do not count.
+    for part in tests equal-bfloat16 equal-float16 equal-float32; do
         cp docs/performance.md "$OUT/$part.md"
         timeout 170 python3 bench/gpu.py --parts $part $answers $COMPILE \
             --out "$OUT/$part.json" --page "$OUT/$part.md" > "$OUT/$part.log" 2>&1 &

@@ -13,7 +13,7 @@ the text through token x with probability
     shared noise                   1 / (p(x) Σ_j max(p_j / p(x), q_j / q(x)))
     own noise, equality            q(x)
 
-and a draft of γ tokens brings 1 + Σ_w (the product of the first w of these) tokens a round. No
+and a draft of γ tokens brings 1 + Σ_w (the product of the first w of these) tokens per round. No
 second early exit here: all drafts have γ tokens. The last column is what a real decode with η = 0
 made of the same prompts.
 """
@@ -93,7 +93,7 @@ def main(argv=None):
     tokens, rounds = map(sum, zip(*real))
     print(f"{decoder.describe('kangaroo', settings)} · temperature {args.temperature:g} · "
           f"{len(real)} prompts, {tokens} tokens")
-    print(f"{'':16}{'accepted, first drafted':>26}{'tokens a round':>18}")
+    print(f"{'':16}{'accepted, first drafted':>26}{'tokens per round':>18}")
     for name, follows in found.items():
         first = torch.cat(follows).mean().item()
         a_round = statistics.fmean(tokens_a_round(follow, args.steps) for follow in follows)

@@ -8,7 +8,7 @@
 
 All methods go through the same loop, question by question interleaved; a later turn follows
 vanilla's answer to the earlier one. Compression rate: tokens ÷ passes of the whole model. Speedup:
-seconds a token of the fastest vanilla decoding of this machine ÷ the method's, prefill included;
+seconds per token of the fastest vanilla decoding of this machine ÷ the method's, prefill included;
 the median over turns, and beside it the ratio of mean tokens per second over questions, which is
 what Spec-Bench's evaluation/speed.py calls so. Drafting: the share of a method's time that its
 drafts take. Identical: of the outputs, those that equal vanilla's at the same width (rows of a
@@ -140,7 +140,7 @@ def show(results):
         identical = f"{every['identical']:>13} of {every['turns']:3}"
         print(line(f"{name:18}", cells, 20) + identical)
     every = summary["all"][summary["fastest"]]
-    print(f"{every['tokens']} tokens in {every['turns']} turns a method\n")
+    print(f"{every['tokens']} tokens in {every['turns']} turns per method\n")
     print(line(f"{'':18}", ["parameters", "bytes", "training, s", "drafting"], 13) + "   settings")
     for name, words in results["settings"]["methods"].items():
         cells = [*needs(results["costs"][name]), f"{summary['all'][name]['drafting']:.0%}"]

@@ -137,7 +137,7 @@ def compare(args, decoder, prompt, methods):
         print(f"{name:32} {1 / each:9.1f} {each * 1e3:9.1f} {ratio:10.2f} "
               f"{weights / bandwidth / each:16.2f}")
     print(f"bandwidth share = {weights / 1e6:.0f} MB of weights ÷ {bandwidth / 1e9:.1f} GB/s "
-          "(a measured copy) ÷ seconds a token")
+          "(a measured copy) ÷ seconds per token")
     names = [name for name in methods if f"(width {WIDTH})" in name or name == "Kangaroo"]
     if len(names) == 2:
         print(f"Kangaroo's tokens equal vanilla's: {tokens[names[0]] == tokens[names[1]]}")

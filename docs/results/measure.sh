@@ -1,5 +1,5 @@
-# What measured the raw figures of this folder, from the repository's root, one part after another on
-# an idle machine. It needs SmolLM2 in smollm2/ (docs/models.md), Spec-Bench's question.jsonl (every
+# What measured the figures of docs/results.md, from the repository's root, one part after another
+# on an idle machine. It needs SmolLM2 in smollm2/ (docs/models.md), Spec-Bench's question.jsonl (every
 # other question of it), and ShareGPT's English conversations as sharegpt.jsonl.
 set -e
 METHODS=kangaroo,tree,lookup,sps,lookahead,medusa,medusa-tree,rest
@@ -33,8 +33,8 @@ python bench/spec_bench.py --model smollm2 $OTHERS --questions question.jsonl --
     --out docs/results/spec_bench-smollm2.json
 
 # What does reproducible sampling give up?
-python bench/rules.py --model models/stories --adapter models/stories/adapter --prompts prompts.txt \
-    --each 24 --new-tokens 120
+python bench/rules.py --model models/stories --adapter models/stories/adapter \
+    --prompts prompts.txt --each 24 --new-tokens 120
 
 # Who is exact? (pip install transformers)
 export OMP_NUM_THREADS=1
@@ -46,17 +46,18 @@ python bench/exactness.py --model smollm2 --adapter models/smollm2-135m \
     --out docs/results/exactness-smollm2.json
 
 # Exit layers, adapters, thresholds, positions, confidence
-head -2500 stories.jsonl > few.jsonl
-head -20 prompts.txt > few.txt
-python bench/ablations.py --model models/stories --data few.jsonl --questions few.txt --limit 20 \
-    --tokens 150000 --passes 2 --adapter models/stories/adapter --lr 2e-3 \
+python models/make_stories.py --text stories.jsonl --count 2500
+python models/make_stories.py --prompts all.txt --count 100
+tail -20 all.txt > prompts.txt
+python bench/ablations.py --model models/stories --data stories.jsonl --questions prompts.txt \
+    --limit 20 --tokens 150000 --passes 2 --adapter models/stories/adapter --lr 2e-3 \
     --out docs/results/ablations-stories.json
-head -6200 sharegpt.jsonl > first.jsonl
-python bench/ablations.py --model smollm2 --data first.jsonl --questions question.jsonl --skip 14 \
-    --limit 2 --tokens 40000 --vocabulary 8192 --adapter models/smollm2-135m \
+head -6200 sharegpt.jsonl > sharegpt_first.jsonl
+python bench/ablations.py --model smollm2 --data sharegpt_first.jsonl --questions question.jsonl \
+    --skip 14 --limit 2 --tokens 40000 --vocabulary 8192 --adapter models/smollm2-135m \
     --out docs/results/ablations-smollm2.json
 
-# The price of a row, for lossless.md and trees.md
+# The price of a row, for lossless.md and trees.md (with transformers installed)
 python bench/speed.py --model smollm2 --widths 4 8 16 32
 python bench/speed.py --model smollm2 --widths 4 8 --dtype float32
 python bench/speed.py --model models/stories --widths 4 8 16 32
